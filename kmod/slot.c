@@ -1,0 +1,541 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Slots: a pool with memory taken beforehand, for a probe cannot allocate; the
+ * lookup of a thread's slot; and a slot's way from FREE through LIVE and
+ * RETIRED back to FREE.
+ *
+ * struct vx_slot is never freed before the module goes. So the per-CPU cache
+ * may point to a slot that has long been retired: its task is NULL then and
+ * the pointer is of no consequence.
+ */
+#include <linux/gfp.h>
+#include <linux/hash.h>
+#include <linux/module.h>
+#include <linux/rculist.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+#include <linux/spinlock.h>
+#include <linux/timekeeping.h>
+#include <linux/vmalloc.h>
+#include <asm/tsc.h>
+
+#include "compat.h"
+#include "vx.h"
+
+#define VX_SLOTS_LIMIT 65536
+#define VX_HASH_BITS 10
+
+static unsigned int slots = 8192;
+module_param(slots, uint, 0444);
+MODULE_PARM_DESC(slots, "vCPU threads that can be counted at a time (16 KiB each, taken when needed)");
+
+static unsigned int pool = 128;
+module_param(pool, uint, 0444);
+MODULE_PARM_DESC(pool, "free slots that are kept ready for new vCPU threads");
+
+static_assert(sizeof(struct virtexit_row) == 256);
+static_assert(sizeof(struct virtexit_slot) == 16384);
+static_assert(sizeof(struct virtexit_cpu) == 64);
+static_assert(sizeof(struct virtexit_header) == 56);
+static_assert(offsetof(struct virtexit_slot, index) == 512);
+static_assert(offsetof(struct virtexit_slot, rows) == 1024);
+static_assert(sizeof(struct virtexit_slot) % PAGE_SIZE == 0);
+static_assert(sizeof_field(struct virtexit_slot, comm) == TASK_COMM_LEN);
+static_assert(VIRTEXIT_NR_ROWS * sizeof(struct virtexit_row) <= U16_MAX);
+
+/* Finds nothing, so that no probe has to ask whether its CPU has a slot. */
+static struct vx_slot vx_no_slot;
+DEFINE_PER_CPU(struct vx_slot *, vx_cache) = &vx_no_slot;
+
+static struct virtexit_header *vx_header;
+static struct virtexit_cpu *vx_cpus;
+
+static struct vx_slot *vx_slots;
+static u32 vx_nr_slots;
+
+/* Guards all below, and each slot's membership in lists and hash. */
+static DEFINE_RAW_SPINLOCK(vx_slot_lock);
+static struct hlist_head vx_hash[1 << VX_HASH_BITS];
+static LIST_HEAD(vx_free);
+static LIST_HEAD(vx_retired);
+static LIST_HEAD(vx_released);
+static LIST_HEAD(vx_events);
+static u32 vx_nr_free;
+static u32 vx_nr_live;
+static u32 vx_nr_retired;
+
+static struct hlist_head *vx_bucket(const struct task_struct *task)
+{
+	return &vx_hash[hash_ptr(task, VX_HASH_BITS)];
+}
+
+/*
+ * With preemption off or vx_slot_lock held. A slot of the calling thread
+ * cannot come or go meanwhile. Others in its bucket can, but they are not
+ * reused before a grace period has passed.
+ */
+static struct vx_slot *vx_lookup(const struct task_struct *task, u32 vcpu_id)
+{
+	struct vx_slot *s;
+
+	hlist_for_each_entry_rcu(s, vx_bucket(task), hash,
+				 rcu_read_lock_sched_held() ||
+				 lockdep_is_held(&vx_slot_lock))
+		if (s->task == task && s->vcpu_id == vcpu_id)
+			return s;
+	return NULL;
+}
+
+/**
+ * vx_slot_find - the slot of the calling thread and vCPU, or NULL
+ * @vcpu: that the thread runs
+ *
+ * Remembers it for this CPU. Any context in which the thread may be preempted
+ * or not, but not in an interrupt.
+ */
+struct vx_slot *vx_slot_find(struct kvm_vcpu *vcpu)
+{
+	struct vx_slot *s;
+
+	preempt_disable_notrace();
+	s = vx_lookup(current, vcpu->vcpu_id);
+	if (s)
+		__this_cpu_write(vx_cache, s);
+	preempt_enable_notrace();
+	return s;
+}
+
+static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa,
+			 u32 code)
+{
+	struct task_struct *leader = current->group_leader;
+	struct virtexit_slot *pub = s->pub;
+
+	pub->tid = current->pid;
+	pub->tgid = current->tgid;
+	pub->start_time = current->start_boottime;
+	pub->tgid_start_time = leader->start_boottime;
+	pub->vcpu_id = vcpu->vcpu_id;
+	pub->isa = isa;
+	/* Unlocked: a rename meanwhile may tear the name, not unbound it. */
+	memcpy(pub->comm, leader->comm, sizeof(pub->comm) - 1);
+	pub->since = ktime_get_boot_fast_ns();
+	pub->rows[0].code = code;
+	pub->nr_rows = 1;
+
+	s->row = NULL;
+	s->entry_tsc = 0;
+	s->vcpu_id = vcpu->vcpu_id;
+	s->task = current;
+	smp_store_release(&pub->state, VIRTEXIT_LIVE);
+}
+
+/**
+ * vx_slot_take - a slot for the calling thread; preemption is off
+ * @vcpu: that the thread runs
+ * @isa: of the vCPU's exits
+ * @code: of its first exit
+ *
+ * Return: NULL when none is free.
+ */
+struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa, u32 code)
+{
+	struct vx_slot *s = NULL;
+	unsigned long flags;
+
+	/* Not to fight for the lock when there is nothing to be had. */
+	if (!list_empty_careful(&vx_free)) {
+		raw_spin_lock_irqsave(&vx_slot_lock, flags);
+		s = list_first_entry_or_null(&vx_free, struct vx_slot, list);
+		if (s) {
+			list_del_init(&s->list);
+			vx_nr_free--;
+			vx_slot_fill(s, vcpu, isa, code);
+			hlist_add_head_rcu(&s->hash, vx_bucket(current));
+			vx_nr_live++;
+			list_add_tail(&s->event, &vx_events);
+			__this_cpu_write(vx_cache, s);
+		}
+		raw_spin_unlock_irqrestore(&vx_slot_lock, flags);
+	}
+	if (s || READ_ONCE(vx_header->slots_backed) < vx_nr_slots)
+		vx_kick_atomic();
+	return s;
+}
+
+/**
+ * vx_row - the row of a code, taken into use if need be
+ * @pub: the slot
+ * @code: of the exit
+ *
+ * The calling thread owns the slot.
+ */
+struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code)
+{
+	struct virtexit_row *row;
+	u32 i, n = pub->nr_rows;
+
+	for (i = 0; i < n; i++) {
+		row = &pub->rows[i];
+		if (row->code == code && !(row->flags & VIRTEXIT_ROW_OTHER))
+			return row;
+	}
+	if (n == VIRTEXIT_NR_ROWS)
+		return &pub->rows[n - 1];
+
+	row = &pub->rows[n];
+	if (n == VIRTEXIT_NR_ROWS - 1) {
+		row->flags = VIRTEXIT_ROW_OTHER;
+	} else {
+		row->code = code;
+		if (!pub->index[(u8)code])
+			pub->index[(u8)code] = n * sizeof(*row);
+	}
+	/* Whoever sees the row sees what it is for. */
+	smp_store_release(&pub->nr_rows, n + 1);
+	return row;
+}
+
+/**
+ * vx_slots_untime - forget when the exits in progress began
+ *
+ * vx_mutex held; no probe touches these members.
+ */
+void vx_slots_untime(void)
+{
+	u32 i;
+
+	for (i = 0; i < vx_header->slots_backed; i++) {
+		vx_slots[i].row = NULL;
+		vx_slots[i].entry_tsc = 0;
+	}
+}
+
+/* With vx_slot_lock held. The thread is the caller, or no probe is attached. */
+static void vx_slot_retire(struct vx_slot *s)
+{
+	hlist_del_rcu(&s->hash);
+	s->task = NULL;
+	vx_nr_live--;
+	/* Whoever sees the state sees the final counts. */
+	smp_store_release(&s->pub->state, VIRTEXIT_RETIRED);
+	list_add_tail(&s->list, &vx_retired);
+	vx_nr_retired++;
+	if (list_empty(&s->event))
+		list_add_tail(&s->event, &vx_events);
+}
+
+/**
+ * vx_slots_retire_task - retire the slots of a thread
+ * @task: the thread, which is the caller and dying
+ */
+void vx_slots_retire_task(struct task_struct *task)
+{
+	struct hlist_head *bucket = vx_bucket(task);
+	struct hlist_node *next;
+	unsigned long flags;
+	bool any = false;
+	struct vx_slot *s;
+
+	if (hlist_empty(bucket))
+		return;
+	raw_spin_lock_irqsave(&vx_slot_lock, flags);
+	hlist_for_each_entry_safe(s, next, bucket, hash) {
+		if (s->task != task)
+			continue;
+		vx_slot_retire(s);
+		any = true;
+	}
+	raw_spin_unlock_irqrestore(&vx_slot_lock, flags);
+	if (any)
+		vx_kick_atomic();
+}
+
+/**
+ * vx_slots_retire_all - retire every live slot; no probe is attached
+ */
+void vx_slots_retire_all(void)
+{
+	u32 i, backed = vx_header->slots_backed;
+
+	for (i = 0; i < backed; i++) {
+		struct vx_slot *s = &vx_slots[i];
+
+		raw_spin_lock_irq(&vx_slot_lock);
+		if (s->task)
+			vx_slot_retire(s);
+		raw_spin_unlock_irq(&vx_slot_lock);
+	}
+}
+
+/**
+ * vx_slot_release - take back a retired slot whose counts have been read
+ * @index: of the slot
+ * @generation: of its use
+ *
+ * It can be used again after vx_slots_reclaim().
+ *
+ * Return: -ESTALE when it is not a retired slot of this generation.
+ */
+int vx_slot_release(u32 index, u32 generation)
+{
+	struct virtexit_slot *pub;
+	struct vx_slot *s;
+	u64 exits = 0;
+	int err = -ESTALE;
+	u32 i;
+
+	if (index >= READ_ONCE(vx_header->slots_backed))
+		return -ESTALE;
+	s = &vx_slots[index];
+	raw_spin_lock_irq(&vx_slot_lock);
+	pub = s->pub;
+	if (s->generation == generation && pub->state == VIRTEXIT_RETIRED) {
+		for (i = 0; i < pub->nr_rows; i++)
+			exits += pub->rows[i].count;
+		vx_header->released += exits;
+		vx_header->released_slots++;
+		/* A reader that is copying will see that it has to discard. */
+		WRITE_ONCE(pub->generation, ++s->generation);
+		WRITE_ONCE(pub->state, VIRTEXIT_FREE);
+		vx_nr_retired--;
+		list_del_init(&s->event);
+		list_move(&s->list, &vx_released);
+		err = 0;
+	}
+	raw_spin_unlock_irq(&vx_slot_lock);
+	return err;
+}
+
+/**
+ * vx_slots_reclaim - make released slots free; vx_mutex held
+ */
+void vx_slots_reclaim(void)
+{
+	LIST_HEAD(released);
+	struct vx_slot *s;
+
+	raw_spin_lock_irq(&vx_slot_lock);
+	list_splice_init(&vx_released, &released);
+	raw_spin_unlock_irq(&vx_slot_lock);
+	if (list_empty(&released))
+		return;
+
+	/* A lookup may still stand on one of them. */
+	synchronize_rcu();
+	list_for_each_entry(s, &released, list) {
+		memset(s->pub, 0, sizeof(*s->pub));
+		s->pub->generation = s->generation;
+	}
+	raw_spin_lock_irq(&vx_slot_lock);
+	list_for_each_entry(s, &released, list)
+		vx_nr_free++;
+	list_splice(&released, &vx_free);
+	raw_spin_unlock_irq(&vx_slot_lock);
+}
+
+/**
+ * vx_slots_refill - have the pool's number of free slots; vx_mutex held
+ *
+ * When memory is short there are fewer, and exits that find none are counted
+ * as unattributed.
+ */
+void vx_slots_refill(void)
+{
+	u32 i;
+
+	for (i = vx_header->slots_backed; i < vx_nr_slots; i++) {
+		struct vx_slot *s = &vx_slots[i];
+
+		if (READ_ONCE(vx_nr_free) >= pool)
+			break;
+		s->pub = alloc_pages_exact(sizeof(*s->pub), GFP_KERNEL |
+					   __GFP_ZERO | __GFP_NOWARN);
+		if (!s->pub)
+			break;
+		s->pub->generation = s->generation;
+		/* Pairs with vx_page(). */
+		smp_store_release(&vx_header->slots_backed, i + 1);
+
+		raw_spin_lock_irq(&vx_slot_lock);
+		list_add_tail(&s->list, &vx_free);
+		vx_nr_free++;
+		raw_spin_unlock_irq(&vx_slot_lock);
+	}
+}
+
+/**
+ * vx_slots_trim - give the memory of free slots back
+ *
+ * vx_mutex held; no lease is held and the device is not open. Slots stay
+ * numbered without gaps, so a slot keeps those below it.
+ */
+void vx_slots_trim(void)
+{
+	u32 i;
+
+	for (i = vx_header->slots_backed; i > 0; i--) {
+		struct vx_slot *s = &vx_slots[i - 1];
+		bool free;
+
+		raw_spin_lock_irq(&vx_slot_lock);
+		free = s->pub->state == VIRTEXIT_FREE;
+		if (free) {
+			list_del_init(&s->list);
+			vx_nr_free--;
+			WRITE_ONCE(vx_header->slots_backed, i - 1);
+		}
+		raw_spin_unlock_irq(&vx_slot_lock);
+		if (!free)
+			break;
+		free_pages_exact(s->pub, sizeof(*s->pub));
+		s->pub = NULL;
+	}
+}
+
+/**
+ * vx_slot_next_event - take a slot whose state has changed off the list
+ * @ref: where to put what is to be said of it
+ *
+ * Return: false when there is none.
+ */
+bool vx_slot_next_event(struct vx_slot_ref *ref)
+{
+	struct virtexit_slot *pub;
+	struct vx_slot *s;
+
+	raw_spin_lock_irq(&vx_slot_lock);
+	s = list_first_entry_or_null(&vx_events, struct vx_slot, event);
+	if (s) {
+		list_del_init(&s->event);
+		pub = s->pub;
+		*ref = (struct vx_slot_ref) {
+			.index = s->index,
+			.generation = s->generation,
+			.state = pub->state,
+			.tid = pub->tid,
+			.tgid = pub->tgid,
+			.vcpu_id = pub->vcpu_id,
+		};
+	}
+	raw_spin_unlock_irq(&vx_slot_lock);
+	return s;
+}
+
+/**
+ * vx_slot_stat - how many slots there are of each kind
+ * @stat: where to put it
+ */
+void vx_slot_stat(struct vx_slot_stat *stat)
+{
+	raw_spin_lock_irq(&vx_slot_lock);
+	stat->max = vx_nr_slots;
+	stat->backed = vx_header->slots_backed;
+	stat->live = vx_nr_live;
+	stat->retired = vx_nr_retired;
+	raw_spin_unlock_irq(&vx_slot_lock);
+}
+
+/**
+ * vx_count_unattributed - count an exit for which no slot is free
+ */
+void vx_count_unattributed(void)
+{
+	vx_cpus[get_cpu()].unattributed++;
+	put_cpu();
+}
+
+/**
+ * vx_count_refused - count an exit whose reason is in doubt
+ */
+void vx_count_refused(void)
+{
+	vx_cpus[get_cpu()].refused++;
+	put_cpu();
+}
+
+/**
+ * vx_page - the page at an offset of the mapping, or NULL
+ * @pgoff: in pages, within the size of the mapping
+ */
+struct page *vx_page(unsigned long pgoff)
+{
+	unsigned long offset = pgoff << PAGE_SHIFT;
+	unsigned long index;
+
+	if (pgoff < vx_header->slot_offset >> PAGE_SHIFT)
+		return vmalloc_to_page((void *)vx_header + offset);
+	offset -= vx_header->slot_offset;
+	index = offset / sizeof(struct virtexit_slot);
+	/* Pairs with vx_slots_refill(); the device is open, so it stays. */
+	if (index >= smp_load_acquire(&vx_header->slots_backed))
+		return NULL;
+	return virt_to_page((void *)vx_slots[index].pub +
+			    offset % sizeof(struct virtexit_slot));
+}
+
+/**
+ * vx_map_size - bytes that can be mapped
+ */
+unsigned long vx_map_size(void)
+{
+	return vx_header->slot_offset +
+	       (unsigned long)vx_nr_slots * sizeof(struct virtexit_slot);
+}
+
+int vx_slots_init(void)
+{
+	u32 cpu_offset = ALIGN(sizeof(struct virtexit_header),
+			       sizeof(struct virtexit_cpu));
+	u32 slot_offset = PAGE_ALIGN(cpu_offset + nr_cpu_ids *
+				     sizeof(struct virtexit_cpu));
+	u32 i;
+
+	if (!slots || slots > VX_SLOTS_LIMIT) {
+		pr_err("virtexit: slots=%u: must be 1 to %u\n", slots,
+		       VX_SLOTS_LIMIT);
+		return -EINVAL;
+	}
+	if (!pool) {
+		pr_err("virtexit: pool=0: must be at least 1\n");
+		return -EINVAL;
+	}
+	vx_nr_slots = slots;
+
+	vx_header = vmalloc_user(slot_offset);
+	if (!vx_header)
+		return -ENOMEM;
+	vx_slots = kvcalloc(vx_nr_slots, sizeof(*vx_slots), GFP_KERNEL);
+	if (!vx_slots) {
+		vfree(vx_header);
+		return -ENOMEM;
+	}
+	for (i = 0; i < vx_nr_slots; i++) {
+		vx_slots[i].index = i;
+		INIT_LIST_HEAD(&vx_slots[i].list);
+		INIT_LIST_HEAD(&vx_slots[i].event);
+	}
+	vx_cpus = (void *)vx_header + cpu_offset;
+	*vx_header = (struct virtexit_header) {
+		.magic = VIRTEXIT_MAGIC,
+		.abi = VIRTEXIT_ABI,
+		.cpu_offset = cpu_offset,
+		.nr_cpus = nr_cpu_ids,
+		.slot_offset = slot_offset,
+		.slot_size = sizeof(struct virtexit_slot),
+		.nr_slots = vx_nr_slots,
+		.tsc_khz = tsc_khz,
+	};
+	return 0;
+}
+
+/* Nobody maps, no probe is attached or running, and the worker is done. */
+void vx_slots_exit(void)
+{
+	u32 i;
+
+	for (i = 0; i < vx_header->slots_backed; i++)
+		free_pages_exact(vx_slots[i].pub, sizeof(struct virtexit_slot));
+	kvfree(vx_slots);
+	vfree(vx_header);
+}
