@@ -56,8 +56,8 @@ static int __init vx_init(void)
 {
 	int err;
 
-	if (!tsc_khz || !boot_cpu_has(X86_FEATURE_CONSTANT_TSC)) {
-		pr_err("virtexit: needs a TSC of constant rate\n");
+	if (!tsc_khz) {
+		pr_err("virtexit: the rate of the TSC is not known\n");
 		return -ENODEV;
 	}
 	err = vx_slots_init();

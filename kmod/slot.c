@@ -45,7 +45,7 @@ static_assert(VIRTEXIT_NR_ROWS * sizeof(struct virtexit_row) <= U16_MAX);
 
 /* Finds nothing, so that no probe has to ask whether its CPU has a slot. */
 static struct vx_slot vx_no_slot;
-DEFINE_PER_CPU(struct vx_slot *, vx_cache) = &vx_no_slot;
+DEFINE_PER_CPU(struct vx_slot *, vx_cache);
 
 static struct virtexit_header *vx_header;
 static struct virtexit_cpu *vx_cpus;
@@ -489,6 +489,7 @@ int vx_slots_init(void)
 			       sizeof(struct virtexit_cpu));
 	u32 slot_offset = PAGE_ALIGN(cpu_offset + nr_cpu_ids *
 				     sizeof(struct virtexit_cpu));
+	unsigned int cpu;
 	u32 i;
 
 	if (!slots || slots > VX_SLOTS_LIMIT) {
@@ -515,6 +516,9 @@ int vx_slots_init(void)
 		INIT_LIST_HEAD(&vx_slots[i].list);
 		INIT_LIST_HEAD(&vx_slots[i].event);
 	}
+	/* Not statically: a module's per-CPU section is not relocated. */
+	for_each_possible_cpu(cpu)
+		per_cpu(vx_cache, cpu) = &vx_no_slot;
 	vx_cpus = (void *)vx_header + cpu_offset;
 	*vx_header = (struct virtexit_header) {
 		.magic = VIRTEXIT_MAGIC,
