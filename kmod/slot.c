@@ -295,9 +295,13 @@ int vx_slot_release(u32 index, u32 generation)
 			exits += pub->rows[i].count;
 		vx_header->released += exits;
 		vx_header->released_slots++;
-		/* A reader that is copying will see that it has to discard. */
-		WRITE_ONCE(pub->generation, ++s->generation);
+		/*
+		 * FREE first, lest a reader take the old counts for those of
+		 * the next generation; one that is copying will see that
+		 * generation and discard.
+		 */
 		WRITE_ONCE(pub->state, VIRTEXIT_FREE);
+		smp_store_release(&pub->generation, ++s->generation);
 		vx_nr_retired--;
 		list_del_init(&s->event);
 		list_move(&s->list, &vx_released);
@@ -321,7 +325,7 @@ void vx_slots_reclaim(void)
 	if (list_empty(&released))
 		return;
 
-	/* A lookup may still stand on one of them. */
+	/* A lookup may still stand on one of them; and the order of above. */
 	synchronize_rcu();
 	list_for_each_entry(s, &released, list) {
 		memset(s->pub, 0, sizeof(*s->pub));

@@ -29,9 +29,10 @@
  *	RETIRED	the thread has died, or the last lease has ended; the counters
  *		are final and stay until RELEASE returns the slot
  *
- * generation changes whenever a slot is released. A reader loads generation,
- * then state (acquire), copies, and loads generation again: when it differs
- * the copy is of no use and is made anew. Counters are written by plain
+ * generation changes when a slot has become FREE, and before its counters are
+ * cleared. A reader loads generation, then state (both acquire), copies, and
+ * loads generation again: when it differs the copy is of no use and is made
+ * anew. Counters are written by plain
  * 64-bit stores while they are read: each is exact and none goes backwards,
  * but one may be a step ahead of another. For a RETIRED slot all agree.
  *
