@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package exitreason knows what the hardware's VM exit codes are called.
+package exitreason
+
+import (
+	"fmt"
+	"strings"
+)
+
+// ISA is the code space of an exit code, numbered as KVM's kvm_exit event does.
+type ISA uint32
+
+// The known code spaces.
+const (
+	None ISA = iota
+	VMX
+	SVM
+)
+
+// String gives the code space's name: "none", "vmx" or "svm".
+func (i ISA) String() string {
+	switch i {
+	case None:
+		return "none"
+	case VMX:
+		return "vmx"
+	case SVM:
+		return "svm"
+	}
+	return fmt.Sprintf("isa(%d)", uint32(i))
+}
+
+// ParseISA is the inverse of String for the known code spaces.
+func ParseISA(s string) (ISA, error) {
+	for i := None; i <= SVM; i++ {
+		if s == i.String() {
+			return i, nil
+		}
+	}
+	return None, fmt.Errorf("unknown isa %q: want none, vmx or svm", s)
+}
+
+// Fields of VMX's 32-bit exit reason.
+const (
+	vmxBasic       = 0x0000ffff // what the guest did
+	vmxFailedEntry = 0x80000000 // the guest was never entered
+)
+
+// Name is the kernel's own name of an exit code: that of its uapi headers,
+// which its kvm_exit event and perf print, such as "CPUID" (VMX, 10) or "npf"
+// (SVM, 0x400). A code that has no name there is its number: "0x1f3".
+//
+// code is, for VMX, the full exit reason. The name is that of its basic reason,
+// the low 16 bits; flags follow as the kernel's event prints them, those without
+// a name in one number: "INVALID_STATE FAILED_VMENTRY", "CPUID 0x8000000".
+func Name(isa ISA, code uint32) string {
+	switch isa {
+	case VMX:
+		var b strings.Builder
+		b.WriteString(lookup(vmxNames, code&vmxBasic))
+		flags := code &^ vmxBasic
+		if flags&vmxFailedEntry != 0 {
+			b.WriteString(" FAILED_VMENTRY")
+			flags &^= vmxFailedEntry
+		}
+		if flags != 0 {
+			fmt.Fprintf(&b, " %#x", flags)
+		}
+		return b.String()
+	case SVM:
+		return lookup(svmNames, code)
+	}
+	return lookup(nil, code)
+}
+
+func lookup(names map[uint32]string, code uint32) string {
+	if name, ok := names[code]; ok {
+		return name
+	}
+	return fmt.Sprintf("%#x", code)
+}

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package exitreason
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestName(t *testing.T) {
+	tests := []struct {
+		name string
+		isa  ISA
+		code uint32
+		want string
+	}{
+		{"vmx first", VMX, 0, "EXCEPTION_NMI"},
+		{"vmx", VMX, 10, "CPUID"},
+		{"vmx unknown", VMX, 0x1f3, "0x1f3"},
+		{"vmx failed entry", VMX, 1<<31 | 33, "INVALID_STATE FAILED_VMENTRY"},
+		{"vmx other flag", VMX, 1<<27 | 10, "CPUID 0x8000000"},
+		{"vmx all flags", VMX, 0xffff<<16 | 41, "MCE_DURING_VMENTRY FAILED_VMENTRY 0x7fff0000"},
+		{"vmx unknown with flag", VMX, 1<<31 | 0x1f3, "0x1f3 FAILED_VMENTRY"},
+		{"svm first", SVM, 0, "read_cr0"},
+		{"svm", SVM, 0x72, "cpuid"},
+		{"svm exception", SVM, 0x4e, "PF excp"},
+		{"svm sparse", SVM, 0x400, "npf"},
+		{"svm software", SVM, 0x80000001, "vmgexit_mmio_read"},
+		{"svm minus one", SVM, 0xffffffff, "invalid_guest_state"},
+		{"svm unknown", SVM, 0x1f3, "0x1f3"},
+		{"none", None, 10, "0xa"},
+		{"unknown isa", 7, 0, "0x0"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := Name(tt.isa, tt.code); got != tt.want {
+				t.Errorf("Name(%v, %#x) = %q, want %q", tt.isa, tt.code, got, tt.want)
+			}
+		})
+	}
+}
+
+func TestISA(t *testing.T) {
+	for isa, want := range map[ISA]string{None: "none", VMX: "vmx", SVM: "svm"} {
+		if got := isa.String(); got != want {
+			t.Errorf("ISA %d is %q, want %q", isa, got, want)
+		}
+		if got, err := ParseISA(want); err != nil || got != isa {
+			t.Errorf("ParseISA(%q) = %d, %v, want %d", want, got, err, isa)
+		}
+	}
+	if got := ISA(7).String(); got != "isa(7)" {
+		t.Errorf("ISA 7 is %q", got)
+	}
+	for _, bad := range []string{"", "VMX", "isa(7)", "arm64"} {
+		if got, err := ParseISA(bad); err == nil || !strings.Contains(err.Error(), strconv.Quote(bad)) {
+			t.Errorf("ParseISA(%q) = %v, %v, want an error that names it", bad, got, err)
+		}
+	}
+}
+
+// TestKernelHeaders reads the tables of names in the headers of both kernel
+// series and compares. Ours may have more names than a header, not fewer or
+// other ones.
+func TestKernelHeaders(t *testing.T) {
+	type pair struct {
+		code uint32
+		name string
+	}
+	known := map[string]bool{} // "isa code" that some header names
+	for _, series := range []string{"6.1", "6.12"} {
+		t.Run(series, func(t *testing.T) {
+			uapi := headers(t, series)
+			vectors := numbers(t, filepath.Join(uapi, "kvm.h"))
+			for _, table := range []struct {
+				isa         ISA
+				file, macro string
+				first, last pair // of the kernel's table
+			}{
+				{VMX, "vmx.h", "VMX_EXIT_REASONS", pair{0, "EXCEPTION_NMI"}, pair{75, "NOTIFY"}},
+				{SVM, "svm.h", "SVM_EXIT_REASONS", pair{0, "read_cr0"}, pair{0xffffffff, "invalid_guest_state"}},
+			} {
+				file := filepath.Join(uapi, table.file)
+				defs := numbers(t, file)
+				for name, n := range vectors {
+					defs[name] = n
+				}
+				kernel := names(t, file, table.macro, defs)
+				// The parser has seen the table from end to end.
+				for _, end := range []pair{table.first, table.last} {
+					if kernel[end.code] != end.name {
+						t.Errorf("%s: %#x reads as %q, want %q", file, end.code, kernel[end.code], end.name)
+					}
+				}
+				got := map[uint32]string{}
+				for code := range kernel {
+					got[code] = Name(table.isa, code)
+					known[fmt.Sprint(table.isa, code)] = true
+				}
+				if diff := cmp.Diff(kernel, got); diff != "" {
+					t.Errorf("%s: names differ (-kernel +ours):\n%s", file, diff)
+				}
+			}
+			flags := names(t, filepath.Join(uapi, "vmx.h"), "VMX_EXIT_REASON_FLAGS", numbers(t, filepath.Join(uapi, "vmx.h")))
+			if diff := cmp.Diff(map[uint32]string{vmxFailedEntry: "FAILED_VMENTRY"}, flags); diff != "" {
+				t.Errorf("flags of VMX exit reasons (-ours +kernel):\n%s", diff)
+			}
+		})
+	}
+	if t.Failed() || len(known) == 0 {
+		return
+	}
+	for isa, table := range map[ISA]map[uint32]string{VMX: vmxNames, SVM: svmNames} {
+		for code, name := range table {
+			if !known[fmt.Sprint(isa, code)] {
+				t.Errorf("%v %#x, %q, is in no header", isa, code, name)
+			}
+		}
+	}
+}
+
+// headers is the folder of a kernel series' uapi headers. Without it there is
+// nothing to prove: locally that is a skip, in CI a failure.
+func headers(t *testing.T, series string) string {
+	pattern := "/usr/src/linux-headers-" + series + ".*-common/arch/x86/include/uapi/asm"
+	found, err := filepath.Glob(pattern)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(found) > 0 {
+		return found[len(found)-1]
+	}
+	const want = "no %s: apt-get install the linux-headers of a %s kernel"
+	if os.Getenv("CI") == "true" {
+		t.Fatalf(want, pattern, series)
+	}
+	t.Skipf(want, pattern, series)
+	return ""
+}
+
+// numbers reads the integer constants that a header defines.
+func numbers(t *testing.T, file string) map[string]uint32 {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defs := map[string]uint32{}
+	for _, m := range regexp.MustCompile(`(?m)^#define\s+(\w+)\s+(-?\w+)\s*$`).FindAllStringSubmatch(string(text), -1) {
+		if n, err := strconv.ParseInt(m[2], 0, 64); err == nil {
+			defs[m[1]] = uint32(n)
+		}
+	}
+	return defs
+}
+
+// names reads a macro that lists { code, "name" } pairs.
+func names(t *testing.T, file, macro string, defs map[string]uint32) map[uint32]string {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	joined := strings.ReplaceAll(string(text), "\\\n", " ")
+	body := regexp.MustCompile(`(?m)^#define\s+` + macro + `\s(.*)$`).FindStringSubmatch(joined)
+	if body == nil {
+		t.Fatalf("%s: no %s", file, macro)
+	}
+	table := map[uint32]string{}
+	for _, m := range regexp.MustCompile(`\{([^,]*),\s*"([^"]*)"\s*\}`).FindAllStringSubmatch(body[1], -1) {
+		var code uint32
+		for term := range strings.SplitSeq(m[1], "+") {
+			n, ok := defs[strings.TrimSpace(term)]
+			if !ok {
+				t.Fatalf("%s: %q is not a number", file, term)
+			}
+			code += n
+		}
+		if was, ok := table[code]; ok {
+			t.Errorf("%s: %#x is both %q and %q", file, code, was, m[2])
+		}
+		table[code] = m[2]
+	}
+	if n := strings.Count(body[1], "{"); n != len(table) {
+		t.Errorf("%s: %s lists %d names, read %d", file, macro, n, len(table))
+	}
+	return table
+}

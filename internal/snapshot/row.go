@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshot
+
+import (
+	"math"
+	"math/bits"
+)
+
+// Add adds o, the exits of another thread or another time for the same reason.
+// Code and Other stay as they are.
+func (r *Row) Add(o Row) {
+	r.Count += o.Count
+	r.Time += o.Time
+	r.Max = max(r.Max, o.Max)
+	for i := range r.Hist {
+		r.Hist[i] += o.Hist[i]
+	}
+}
+
+// Sub is what was added to r since it was old.
+//
+// Its Max is exact when a longer exit than ever before was among that. When
+// not, all that is known is the histogram's highest bucket in use: Max is then
+// that bucket's upper bound, or r.Max when this is less. So it is never below
+// the true maximum, and below twice of it, but in the last bucket.
+func (r Row) Sub(old Row) Row {
+	r.Count -= old.Count
+	r.Time -= old.Time
+	highest := -1
+	for i := range r.Hist {
+		r.Hist[i] -= old.Hist[i]
+		if r.Hist[i] != 0 {
+			highest = i
+		}
+	}
+	if r.Max == old.Max {
+		if highest < 0 {
+			r.Max = 0
+		} else {
+			_, upper := bucket(highest)
+			r.Max = min(r.Max, upper)
+		}
+	}
+	return r
+}
+
+// Quantile is the duration, in ticks, that the fraction q of the timed exits did
+// not exceed. ok is false when there were none.
+//
+// The true value lies in the same bucket of the histogram; within it, exits are
+// taken to be spread evenly, and none lasted longer than Max. So the result
+// errs by less than a factor of two: in bucket 0, by less than
+// 1<<(HistShift+1) ticks; in the last bucket it lies between the bucket's lower
+// bound and Max. Quantile(1) is Max.
+func (r *Row) Quantile(q float64) (ticks uint64, ok bool) {
+	var timed uint64
+	for _, n := range r.Hist {
+		timed += n
+	}
+	if timed == 0 {
+		return 0, false
+	}
+	// The rank-th shortest exit is wanted, 1 to timed.
+	rank := timed
+	if f := math.Ceil(q * float64(timed)); f < float64(timed) {
+		rank = max(1, uint64(max(0, f)))
+	}
+	for i, n := range r.Hist {
+		if rank > n {
+			rank -= n
+			continue
+		}
+		lower, upper := bucket(i)
+		upper = max(lower, min(upper, r.Max))
+		// Fits: rank <= n.
+		hi, lo := bits.Mul64(upper-lower, rank)
+		part, _ := bits.Div64(hi, lo, n)
+		return min(lower+part, r.Max), true
+	}
+	panic("unreachable: rank is at most the sum")
+}
+
+// bucket is the range of durations, both included, that bucket i counts.
+func bucket(i int) (lower, upper uint64) {
+	if i > 0 {
+		lower = 1 << (HistShift + i)
+	}
+	if i == NumHist-1 {
+		return lower, math.MaxUint64
+	}
+	return lower, 1<<(HistShift+i+1) - 1
+}
+
+// NS converts ticks of a clock that runs at hz to nanoseconds: the whole
+// nanoseconds that have passed. 584 years and more are math.MaxUint64.
+func NS(ticks, hz uint64) uint64 {
+	hi, lo := bits.Mul64(ticks, 1e9)
+	if hi >= hz {
+		return math.MaxUint64
+	}
+	ns, _ := bits.Div64(hi, lo, hz)
+	return ns
+}
