@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command virtexit shows which domain of this host causes which VM exits and
+// what they cost. It asks virtexitd.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+	"unicode"
+
+	"github.com/spf13/cobra"
+
+	"virtexit/internal/api"
+	"virtexit/internal/api/client"
+	"virtexit/internal/report"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+// What the process exits with.
+const (
+	exitOK          = 0
+	exitError       = 1
+	exitUsage       = 2
+	exitInterrupted = 128 + int(syscall.SIGINT) // as a shell tells it
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// run executes one command line and returns the process's exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	a := &app{
+		stdout: stdout,
+		stderr: stderr,
+		socket: os.Getenv("VIRTEXIT_SOCKET"),
+		format: choice{"table", []string{"table", "json", "csv"}},
+	}
+	if a.socket == "" {
+		a.socket = api.DefaultSocket
+	}
+	root := a.command()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	cmd, err := root.ExecuteContextC(ctx)
+	switch {
+	case err == nil:
+		return exitOK
+	case ctx.Err() != nil:
+		return exitInterrupted
+	case !a.started: // cobra's errors, about flags and arguments
+		fmt.Fprintf(stderr, "error: %s\nTry '%s --help'.\n", strings.TrimRightFunc(err.Error(), unicode.IsSpace), cmd.CommandPath())
+		return exitUsage
+	}
+	fmt.Fprintf(stderr, "error: %s\n", report.Clean(err.Error()))
+	return exitError
+}
+
+// app is what the commands have in common.
+type app struct {
+	stdout, stderr io.Writer
+	socket         string
+	format         choice
+	started        bool // the command line is understood: errors are not about usage
+}
+
+func (a *app) client() *client.Client { return client.New(a.socket) }
+
+// do makes f the work of a command.
+func (a *app) do(f func(ctx context.Context, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		a.started = true
+		return f(cmd.Context(), args)
+	}
+}
+
+func (a *app) command() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "virtexit",
+		Short: "Show which domain causes which VM exits, and what they cost",
+		Long: `virtexit shows which domain of this KVM host causes which VM exits, and what
+they cost. It asks virtexitd.
+
+Environment:
+  VIRTEXIT_SOCKET  where virtexitd listens, unless --socket is given`,
+		Version:       version,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.SetVersionTemplate("virtexit {{.Version}}\n")
+	root.PersistentFlags().StringVar(&a.socket, "socket", a.socket, "`path` of virtexitd's socket")
+	a.format.flag(root, root.PersistentFlags(), "format", "print as table, json or csv")
+	root.AddCommand(a.list(), a.report(), a.status(), a.on(), a.off())
+	return root
+}
+
+func (a *app) list() *cobra.Command {
+	var all bool
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List domains with their exits a second and most frequent reasons",
+		Example: `  virtexit list
+  virtexit list --all --format json`,
+		Args: cobra.NoArgs,
+		RunE: a.do(func(ctx context.Context, _ []string) error {
+			c := a.client()
+			status, err := c.Status(ctx)
+			if err != nil {
+				return err
+			}
+			domains, err := c.Domains(ctx)
+			if err != nil {
+				return err
+			}
+			if !all {
+				running := []api.Domain{}
+				for _, d := range domains.Domains {
+					if d.Running() {
+						running = append(running, d)
+					}
+				}
+				domains.Domains = running
+			}
+			a.remark(status)
+			return report.List(a.stdout, domains, report.Format(a.format.value), collecting(status))
+		}),
+	}
+	cmd.Flags().BoolVar(&all, "all", false, "also domains that do not run")
+	return cmd
+}
+
+func (a *app) report() *cobra.Command {
+	var (
+		interval time.Duration
+		total    bool
+		by       = choice{"reason", []string{"reason", "vcpu"}}
+		limit    int
+	)
+	cmd := &cobra.Command{
+		Use:   "report [DOMAIN...]",
+		Short: "Show a domain's exits by reason or by vCPU",
+		Long: `Show a domain's exits by reason or by vCPU: how many, and how long the domain
+waited for each. DOMAIN is an id, a name or a uuid; without it, all running
+domains are shown.
+
+The time of an exit is that until the guest runs on. Max is the longest since
+counting began, also in a report over an interval. "-" is what is not known.
+In JSON, --limit leaves the rest out.`,
+		Example: `  virtexit report web01                    during the next second
+  virtexit report web01 --interval 10s     during the next ten seconds
+  virtexit report --total --limit 3        since the start, three top reasons
+  virtexit report web01 db01 --by vcpu`,
+		PreRunE: func(cmd *cobra.Command, _ []string) error {
+			switch {
+			case total && cmd.Flags().Changed("interval"):
+				return errors.New("--interval and --total exclude each other")
+			case interval < api.MinInterval || interval > api.MaxInterval:
+				return fmt.Errorf("--interval %v is not between %v and %v", interval, api.MinInterval, api.MaxInterval)
+			case limit < 0:
+				return fmt.Errorf("--limit %d is negative", limit)
+			case limit > 0 && by.value != string(report.ByReason):
+				return fmt.Errorf("--limit counts reasons and cannot go with --by %s", by.value)
+			}
+			return nil
+		},
+		RunE: a.do(func(ctx context.Context, domains []string) error {
+			c := a.client()
+			if total {
+				interval = 0
+			}
+			status, err := c.Status(ctx)
+			if err != nil {
+				return err
+			}
+			r, err := c.Report(ctx, domains, interval)
+			if err != nil {
+				return err
+			}
+			a.remark(status)
+			if len(r.Domains) == 0 {
+				fmt.Fprintln(a.stderr, "no domain is running")
+			}
+			return report.Report(a.stdout, r, report.Options{Format: report.Format(a.format.value), By: report.By(by.value), Limit: limit})
+		}),
+		ValidArgsFunction: a.complete,
+	}
+	cmd.Flags().DurationVar(&interval, "interval", api.DefaultInterval, "count for this `time`, beginning now")
+	cmd.Flags().BoolVar(&total, "total", false, "since the domain's start or since collection began")
+	by.flag(cmd, cmd.Flags(), "by", "a row for each reason or vcpu")
+	cmd.Flags().IntVar(&limit, "limit", 0, "show `N` reasons and the sum of the rest (0: all)")
+	return cmd
+}
+
+func (a *app) status() *cobra.Command {
+	return &cobra.Command{
+		Use:     "status",
+		Short:   "Show what is collected, and how",
+		Example: `  virtexit status`,
+		Args:    cobra.NoArgs,
+		RunE: a.do(func(ctx context.Context, _ []string) error {
+			status, err := a.client().Status(ctx)
+			if err != nil {
+				return err
+			}
+			return report.Status(a.stdout, status, report.Format(a.format.value))
+		}),
+	}
+}
+
+func (a *app) on() *cobra.Command {
+	level := choice{"", []string{"count", "time"}}
+	cmd := &cobra.Command{
+		Use:   "on",
+		Short: "Switch collection on",
+		Example: `  virtexit on
+  virtexit on --level count    no times, at less cost`,
+		Args: cobra.NoArgs,
+		RunE: a.do(func(ctx context.Context, _ []string) error {
+			return a.set(ctx, api.Collection{Collection: "on", Level: level.value})
+		}),
+	}
+	level.flag(cmd, cmd.Flags(), "level", "what to collect: count or time; by default what virtexitd is configured for")
+	return cmd
+}
+
+func (a *app) off() *cobra.Command {
+	return &cobra.Command{
+		Use:     "off",
+		Short:   "Switch collection off: nothing stays attached to KVM",
+		Example: `  virtexit off`,
+		Args:    cobra.NoArgs,
+		RunE: a.do(func(ctx context.Context, _ []string) error {
+			return a.set(ctx, api.Collection{Collection: "off"})
+		}),
+	}
+}
+
+func (a *app) set(ctx context.Context, c api.Collection) error {
+	status, err := a.client().SetCollection(ctx, c)
+	if err != nil {
+		return err
+	}
+	if a.format.value != string(report.Table) {
+		return report.Status(a.stdout, status, report.Format(a.format.value))
+	}
+	line := "collection is " + status.Collection
+	if status.Collection == "on" {
+		line += ", level " + status.Level
+		a.remark(status)
+	}
+	_, err = fmt.Fprintln(a.stdout, report.Clean(line))
+	return err
+}
+
+// collecting tells whether counts move.
+func collecting(s api.Status) bool { return s.Level != "off" }
+
+// remark says on stderr why counts stand still.
+func (a *app) remark(s api.Status) {
+	switch {
+	case s.Problem != "":
+		fmt.Fprintf(a.stderr, "nothing is collected: %s\n", report.Clean(s.Problem))
+	case !collecting(s):
+		fmt.Fprintln(a.stderr, "collection is off: counts stand still until 'virtexit on'")
+	}
+}
+
+// complete offers the names of running domains to the shell. Where there is
+// no quick answer it offers nothing.
+func (a *app) complete(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	ctx := cmd.Context()
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second/2)
+	defer cancel()
+	domains, err := a.client().Domains(ctx)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	given := map[string]bool{}
+	for _, arg := range args {
+		given[arg] = true
+	}
+	var names []cobra.Completion
+	for _, d := range domains.Domains {
+		// The shell reads one name a line, and a description after a tab.
+		if d.Running() && !given[d.Name] && report.Clean(d.Name) == d.Name {
+			names = append(names, d.Name)
+		}
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}

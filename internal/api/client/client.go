@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package client asks virtexitd. It is the one client of every front end.
+package client
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/user"
+	"strconv"
+	"syscall"
+	"time"
+
+	"virtexit/internal/api"
+)
+
+const (
+	// maxAnswer is, in bytes, about ten times a report of 1,000 domains with
+	// 8 vCPUs each.
+	maxAnswer = 64 << 20
+	// patience is how long the daemon may take, beyond a report's interval.
+	patience = 10 * time.Second
+)
+
+// Client asks the daemon behind one socket. Its methods may be called from
+// several goroutines at once.
+//
+// Their errors are *ConnectError when the daemon cannot be reached,
+// *api.NotFoundError and *api.AmbiguousError about a domain, *StatusError when
+// the daemon refuses otherwise, and the context's when that has ended.
+type Client struct {
+	socket   string
+	http     http.Client
+	patience time.Duration
+}
+
+// New returns a client; it connects when it is first asked.
+func New(socketPath string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "unix", socketPath)
+		if err != nil {
+			return nil, &ConnectError{socketPath, err}
+		}
+		return c, nil
+	}
+	return &Client{
+		socket: socketPath,
+		http: http.Client{
+			Transport:     &http.Transport{DialContext: dial, DisableCompression: true, DisableKeepAlives: true},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		patience: patience,
+	}
+}
+
+// ConnectError says that the daemon cannot be reached, and what may help.
+type ConnectError struct {
+	Socket string
+	Err    error
+}
+
+func (e *ConnectError) Unwrap() error { return e.Err }
+
+func (e *ConnectError) Error() string {
+	why := e.Err.Error()
+	switch {
+	case errors.Is(e.Err, fs.ErrNotExist):
+		why = "no such file: is the daemon running?"
+	case errors.Is(e.Err, syscall.ECONNREFUSED):
+		why = "connection refused: is the daemon running?"
+	case errors.Is(e.Err, fs.ErrPermission):
+		why = "permission denied: it takes root"
+		if group, err := groupOf(e.Socket); err == nil {
+			why += fmt.Sprintf(" or membership of group '%s'", group)
+		}
+	}
+	return fmt.Sprintf("cannot connect to virtexitd at '%s': %s", e.Socket, why)
+}
+
+func groupOf(path string) (string, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return "", err
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return "", errors.ErrUnsupported
+	}
+	gid := strconv.FormatUint(uint64(stat.Gid), 10)
+	if g, err := user.LookupGroupId(gid); err == nil {
+		return g.Name, nil
+	}
+	return gid, nil
+}
+
+// StatusError is the daemon's refusal.
+type StatusError struct {
+	Status  int // of HTTP
+	Message string
+}
+
+func (e *StatusError) Error() string { return e.Message }
+
+// Status tells how the daemon is.
+func (c *Client) Status(ctx context.Context) (api.Status, error) {
+	var a api.Status
+	err := c.do(ctx, http.MethodGet, "/v1/status", nil, c.patience, &a)
+	return a, err
+}
+
+// Domains returns all domains.
+func (c *Client) Domains(ctx context.Context) (api.Domains, error) {
+	var a api.Domains
+	err := c.do(ctx, http.MethodGet, "/v1/domains", nil, c.patience, &a)
+	return a, err
+}
+
+// Domain returns the domain with this id, name or uuid.
+func (c *Client) Domain(ctx context.Context, domain string) (api.OneDomain, error) {
+	var a api.OneDomain
+	err := c.do(ctx, http.MethodGet, "/v1/domains/"+url.PathEscape(domain), nil, c.patience, &a)
+	return a, err
+}
+
+// Report returns what the domains, named by id, name or uuid, do during an
+// interval from now on, or their totals when interval is 0. Without names it
+// is about all running domains.
+func (c *Client) Report(ctx context.Context, domains []string, interval time.Duration) (api.Report, error) {
+	q := url.Values{"domain": domains}
+	if interval == 0 {
+		q.Set("total", "1")
+	} else {
+		q.Set("interval", interval.String())
+	}
+	var a api.Report
+	err := c.do(ctx, http.MethodGet, "/v1/report?"+q.Encode(), nil, interval+c.patience, &a)
+	return a, err
+}
+
+// SetCollection switches collection and tells how the daemon is after that.
+func (c *Client) SetCollection(ctx context.Context, collection api.Collection) (api.Status, error) {
+	body, err := json.Marshal(collection)
+	if err != nil {
+		return api.Status{}, err
+	}
+	var a api.Status
+	err = c.do(ctx, http.MethodPut, "/v1/collection", body, c.patience, &a)
+	return a, err
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body []byte, patience time.Duration, answer any) error {
+	limited, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	req, err := http.NewRequestWithContext(limited, method, "http://virtexitd"+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err == nil {
+		defer resp.Body.Close()
+		err = decode(resp.StatusCode, resp.Body, answer)
+	}
+	var transport *url.Error
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case limited.Err() != nil:
+		return fmt.Errorf("virtexitd at '%s' does not answer within %v: %w", c.socket, patience, limited.Err())
+	case !errors.As(err, &transport):
+		return err
+	}
+	var connect *ConnectError
+	if errors.As(err, &connect) {
+		return connect
+	}
+	return fmt.Errorf("no answer from virtexitd at '%s': %w", c.socket, transport.Err)
+}
+
+// decode reads the body of an answer with an HTTP status.
+func decode(status int, r io.Reader, answer any) error {
+	body, err := io.ReadAll(io.LimitReader(r, maxAnswer+1))
+	if err != nil {
+		return fmt.Errorf("read virtexitd's answer: %w", err)
+	}
+	if len(body) > maxAnswer {
+		return fmt.Errorf("virtexitd's answer is longer than %d bytes", maxAnswer)
+	}
+	var head struct {
+		Schema string `json:"schema"`
+	}
+	if err := json.Unmarshal(body, &head); err != nil {
+		return fmt.Errorf("not an answer of virtexitd: HTTP status %d, %w", status, err)
+	}
+	if head.Schema != api.Schema {
+		return fmt.Errorf("virtexitd answers with schema %q, expected %q: client and daemon are of different versions", head.Schema, api.Schema)
+	}
+	if status == http.StatusOK {
+		if err := json.Unmarshal(body, answer); err != nil {
+			return fmt.Errorf("bad answer of virtexitd: %w", err)
+		}
+		return nil
+	}
+	var e api.Error
+	if err := json.Unmarshal(body, &e); err != nil {
+		return fmt.Errorf("bad answer of virtexitd: HTTP status %d, %w", status, err)
+	}
+	switch {
+	case e.Domain != nil && status == http.StatusNotFound:
+		return &api.NotFoundError{Domain: *e.Domain}
+	case e.Domain != nil && status == http.StatusConflict:
+		return &api.AmbiguousError{Domain: *e.Domain}
+	case e.Message == "":
+		e.Message = fmt.Sprintf("virtexitd answers with HTTP status %d and no reason", status)
+	}
+	return &StatusError{status, e.Message}
+}

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package api
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// NotFoundError says that no domain has this id, name or uuid. It survives the
+// way from the daemon to the client.
+type NotFoundError struct{ Domain string }
+
+func (e *NotFoundError) Error() string {
+	return fmt.Sprintf("failed to get domain '%s'", e.Domain)
+}
+
+// AmbiguousError says that several domains have this name. It survives the way
+// from the daemon to the client.
+type AmbiguousError struct{ Domain string }
+
+func (e *AmbiguousError) Error() string {
+	return fmt.Sprintf("more than one domain is called '%s': use the id or the uuid", e.Domain)
+}
+
+// Find returns the one of the domains that a user means by an id, a uuid or a
+// name, tried in this order as virsh does. A running domain goes before those
+// that are not, and of several runs of one domain the latest is meant. The
+// error is a *NotFoundError or an *AmbiguousError.
+func Find(domains []Domain, domain string) (*Domain, error) {
+	id, notID := strconv.Atoi(domain)
+	for _, is := range []func(*Domain) bool{
+		func(d *Domain) bool { return notID == nil && d.ID != nil && *d.ID == id },
+		func(d *Domain) bool { return d.UUID != nil && sameUUID(*d.UUID, domain) },
+		func(d *Domain) bool { return d.Name == domain },
+	} {
+		var found *Domain
+		ambiguous := false
+		for i := range domains {
+			d := &domains[i]
+			switch {
+			case !is(d):
+			case found == nil || d.Running() && !found.Running():
+				found, ambiguous = d, false
+			case found.Running() && !d.Running():
+			case found.UUID == nil || d.UUID == nil || !sameUUID(*found.UUID, *d.UUID):
+				ambiguous = true
+			case d.Since != nil && (found.Since == nil || d.Since.After(*found.Since)):
+				found = d
+			}
+		}
+		if ambiguous {
+			return nil, &AmbiguousError{domain}
+		}
+		if found != nil {
+			return found, nil
+		}
+	}
+	return nil, &NotFoundError{domain}
+}
+
+// Running tells whether the domain has a process, whatever its State: a paused
+// domain has one.
+func (d *Domain) Running() bool { return d.TGID != 0 }
+
+// sameUUID compares as virsh does: case and dashes do not matter.
+func sameUUID(a, b string) bool {
+	a, b = strings.ReplaceAll(a, "-", ""), strings.ReplaceAll(b, "-", "")
+	return len(a) == 32 && strings.EqualFold(a, b)
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package api
+
+import (
+	"errors"
+	"testing"
+	"time"
+)
+
+func TestFind(t *testing.T) {
+	id := func(n int) *int { return &n }
+	uuid := func(s string) *string { return &s }
+	at := func(s int64) *time.Time { t := time.Unix(s, 0); return &t }
+	const (
+		u1 = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
+		u2 = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
+	)
+	domains := []Domain{
+		{ID: id(1), Name: "web", UUID: uuid(u1), TGID: 100, Since: at(50)},
+		{Name: "web", UUID: uuid(u1), Since: at(10)},
+		{ID: id(7), Name: "1", UUID: uuid(u2), TGID: 107},
+		{Name: "db", UUID: uuid("11111111-1111-1111-1111-111111111111"), Since: at(30)},
+		{Name: "db", UUID: uuid("11111111-1111-1111-1111-111111111111"), Since: at(40)},
+		{Name: "db", UUID: uuid("11111111-1111-1111-1111-111111111111")},
+		{Name: "qemu-system-x86", TGID: 500},
+		{Name: "qemu-system-x86", TGID: 501},
+		{Name: "twin", TGID: 0},
+		{Name: "twin", TGID: 0},
+		{Name: "twin", TGID: 600},
+		{Name: u1, TGID: 700},
+		{Name: "a/b %2F", TGID: 800},
+	}
+	for _, tt := range []struct {
+		name, domain string
+		want         int // index
+		wantErr      string
+	}{
+		{name: "id", domain: "1", want: 0},
+		{name: "id goes before a name of digits", domain: "7", want: 2},
+		{name: "uuid goes before a name", domain: u1, want: 0},
+		{name: "uuid in capitals without dashes", domain: "C7A5FDBDEDAF9455926AD65C16DB1809", want: 2},
+		{name: "running goes before gone", domain: "web", want: 0},
+		{name: "the latest of several runs", domain: "db", want: 4},
+		{name: "the running one of several of unknown uuid", domain: "twin", want: 10},
+		{name: "ugly name", domain: "a/b %2F", want: 12},
+		{name: "ambiguous", domain: "qemu-system-x86", wantErr: "more than one domain is called 'qemu-system-x86': use the id or the uuid"},
+		{name: "unknown", domain: "nope", wantErr: "failed to get domain 'nope'"},
+		{name: "unknown id", domain: "99", wantErr: "failed to get domain '99'"},
+		{name: "empty", domain: "", wantErr: "failed to get domain ''"},
+		{name: "dashes are no uuid", domain: "----", wantErr: "failed to get domain '----'"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := Find(domains, tt.domain)
+			if tt.wantErr != "" {
+				if err == nil || err.Error() != tt.wantErr {
+					t.Fatalf("error %v, want %s", err, tt.wantErr)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != &domains[tt.want] {
+				t.Errorf("got %+v, want %+v", *got, domains[tt.want])
+			}
+		})
+	}
+	var ambiguous *AmbiguousError
+	if _, err := Find(domains, "qemu-system-x86"); !errors.As(err, &ambiguous) {
+		t.Errorf("%T is no *AmbiguousError", err)
+	}
+}

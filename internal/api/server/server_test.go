@@ -1,0 +1,587 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package server
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/google/go-cmp/cmp"
+
+	"virtexit/internal/api"
+	"virtexit/internal/api/client"
+)
+
+// fakeBackend answers from memory.
+type fakeBackend struct {
+	status  api.Status
+	domains []api.Domain
+	set     atomic.Pointer[api.Collection]
+	setErr  error
+	entered chan struct{} // if not nil, a report over an interval says here that it waits
+	left    atomic.Int32  // reports that were cut short
+}
+
+func (b *fakeBackend) Status() api.Status   { return b.status }
+func (b *fakeBackend) Domains() api.Domains { return api.Domains{Domains: b.domains} }
+
+func (b *fakeBackend) Report(ctx context.Context, domains []string, interval time.Duration) (api.Report, error) {
+	r := api.Report{Total: interval == 0, IntervalNS: int64(interval)}
+	for _, name := range domains {
+		d, err := api.Find(b.domains, name)
+		if err != nil {
+			return api.Report{}, fmt.Errorf("report: %w", err)
+		}
+		r.Domains = append(r.Domains, *d)
+	}
+	if len(domains) == 0 {
+		r.Domains = b.domains
+	}
+	if interval > 0 {
+		if b.entered != nil {
+			b.entered <- struct{}{}
+		}
+		select {
+		case <-time.After(interval):
+		case <-ctx.Done():
+			b.left.Add(1)
+			return api.Report{}, ctx.Err()
+		}
+	}
+	return r, nil
+}
+
+func (b *fakeBackend) SetCollection(c api.Collection) (api.Status, error) {
+	b.set.Store(&c)
+	return b.status, b.setErr
+}
+
+func ptr[T any](v T) *T { return &v }
+
+var uglyNames = []string{"a/b", "//", "..", "spa ce", "50%", "%2F", "?x=1&y#z", "ünïcödé 虚拟机", "comma,\"quote\"", "new\nline\x01", "<&>", ":@;+"}
+
+func newBackend() *fakeBackend {
+	b := &fakeBackend{
+		status: api.Status{Version: "1", Collection: "on", Level: "time", Collector: ptr("kmod"), Since: time.Unix(1e9, 5).UTC()},
+		domains: []api.Domain{
+			{Name: "zeta", State: "shut off"},
+			{Name: "alpha", State: "shut off"},
+			{ID: ptr(10), Name: "ten", UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa0"), TGID: 10},
+			{ID: ptr(2), Name: "two", TGID: 2, Exits: []api.Exit{{ISA: "svm", Code: 120, Reason: "hlt", Count: math.MaxUint64, P50NS: ptr(uint64(0))}}},
+			{Name: "twin", TGID: 3},
+			{Name: "twin", TGID: 4},
+		},
+	}
+	for i, name := range uglyNames {
+		b.domains = append(b.domains, api.Domain{ID: ptr(100 + i), Name: name, TGID: 100 + i})
+	}
+	return b
+}
+
+// start serves s on a socket until the test ends or stop is called.
+func start(t *testing.T, s *Server) (path string, stop func() error) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "sock")
+	l, err := Listen(path, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(ctx, l); close(served) }()
+	stop = func() error { cancel(); return <-served }
+	t.Cleanup(func() { stop() })
+	return path, stop
+}
+
+func TestRoundTrip(t *testing.T) {
+	b := newBackend()
+	path, _ := start(t, New(b, Options{}))
+	c := client.New(path)
+	ctx := t.Context()
+
+	t.Run("status", func(t *testing.T) {
+		got, err := c.Status(ctx)
+		want := b.status
+		want.Schema = api.Schema
+		if diff := cmp.Diff(want, got); err != nil || diff != "" {
+			t.Errorf("%v (-want +got)\n%s", err, diff)
+		}
+	})
+	t.Run("domains are in order", func(t *testing.T) {
+		got, err := c.Domains(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, d := range got.Domains {
+			names = append(names, d.Name)
+		}
+		want := append(append([]string{"two", "ten"}, uglyNames...), "alpha", "twin", "twin", "zeta")
+		if diff := cmp.Diff(want, names); diff != "" {
+			t.Errorf("(-want +got)\n%s", diff)
+		}
+		if diff := cmp.Diff(b.domains[3].Exits, got.Domains[0].Exits); diff != "" {
+			t.Errorf("exits (-want +got)\n%s", diff)
+		}
+		if b.domains[0].Name != "zeta" {
+			t.Error("the server changed the backend's list")
+		}
+	})
+	t.Run("every name leads to its domain", func(t *testing.T) {
+		for i, name := range uglyNames {
+			d, err := c.Domain(ctx, name)
+			if err != nil {
+				t.Errorf("%q: %v", name, err)
+			} else if d.Name != name || *d.ID != 100+i || d.Schema != api.Schema {
+				t.Errorf("%q: got %+v", name, d)
+			}
+			r, err := c.Report(ctx, []string{"ten", name}, 0)
+			if err != nil {
+				t.Errorf("%q: %v", name, err)
+			} else if len(r.Domains) != 2 || r.Domains[1].Name != name {
+				t.Errorf("%q: report of %+v", name, r.Domains)
+			}
+		}
+	})
+	t.Run("id and uuid", func(t *testing.T) {
+		for _, name := range []string{"10", "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"} {
+			if d, err := c.Domain(ctx, name); err != nil || d.Name != "ten" {
+				t.Errorf("%s: %v, %v", name, d.Name, err)
+			}
+		}
+	})
+	t.Run("errors about a domain survive", func(t *testing.T) {
+		for _, name := range append([]string{""}, "no\tne", "x'/..", "99") {
+			var notFound *api.NotFoundError
+			if _, err := c.Domain(ctx, name); !errors.As(err, &notFound) || notFound.Domain != name {
+				t.Errorf("domain %q: %v", name, err)
+			}
+			if _, err := c.Report(ctx, []string{"ten", name}, time.Second); !errors.As(err, &notFound) || notFound.Domain != name {
+				t.Errorf("report %q: %v", name, err)
+			}
+		}
+		var ambiguous *api.AmbiguousError
+		if _, err := c.Domain(ctx, "twin"); !errors.As(err, &ambiguous) || ambiguous.Domain != "twin" {
+			t.Errorf("domain: %v", err)
+		}
+		if _, err := c.Report(ctx, []string{"twin"}, 0); !errors.As(err, &ambiguous) || ambiguous.Domain != "twin" {
+			t.Errorf("report: %v", err)
+		}
+	})
+	t.Run("report", func(t *testing.T) {
+		r, err := c.Report(ctx, nil, 100*time.Millisecond)
+		if err != nil || r.Total || r.IntervalNS != 1e8 || len(r.Domains) != len(b.domains) || r.Domains[0].Name != "two" {
+			t.Errorf("interval: %v, %+v", err, r)
+		}
+		r, err = c.Report(ctx, []string{"ten", "two"}, 0)
+		if err != nil || !r.Total || r.IntervalNS != 0 || len(r.Domains) != 2 || r.Domains[0].Name != "ten" {
+			t.Errorf("total, in the order asked: %v, %+v", err, r)
+		}
+	})
+	t.Run("a thousand domains", func(t *testing.T) {
+		var domains []string
+		for range 1000 {
+			domains = append(domains, "4dea22b3-1d52-d8f3-2516-782e98ab3fa0")
+		}
+		if r, err := c.Report(ctx, domains, 0); err != nil || len(r.Domains) != 1000 {
+			t.Errorf("%v, %d domains", err, len(r.Domains))
+		}
+	})
+}
+
+// raw sends bytes and returns the whole answer.
+func raw(t *testing.T, path, request string) *http.Response {
+	t.Helper()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	go io.WriteString(c, request) // not all of it may be taken
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		t.Fatalf("no answer to %.60q: %v", request, err)
+	}
+	return resp
+}
+
+func TestRawRequests(t *testing.T) {
+	b := newBackend()
+	b.domains[2].Name = "a<b"
+	path, _ := start(t, New(b, Options{}))
+	put := func(body string) string {
+		return fmt.Sprintf("PUT /v1/collection HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+	}
+	get := func(target string) string { return "GET " + target + " HTTP/1.1\r\nHost: x\r\n\r\n" }
+	for _, tt := range []struct {
+		name, request string
+		status        int
+		error         string // prefix; empty: none
+		allow         string
+	}{
+		{name: "status", request: get("/v1/status"), status: 200},
+		{name: "HTTP/1.0", request: "GET /v1/status HTTP/1.0\r\n\r\n", status: 200},
+		{name: "absolute target", request: get("http://virtexit/v1/status"), status: 200},
+		{name: "total without value", request: get("/v1/report?total"), status: 200},
+		{name: "root", request: get("/"), status: 404, error: `no such path: "/"`},
+		{name: "unknown path", request: get("/v1/stat%75s/"), status: 404, error: `no such path: "/v1/status/"`},
+		{name: "later version", request: get("/v2/status"), status: 404, error: `no such path: "/v2/status"`},
+		{name: "unknown domain", request: get("/v1/domains/x%20y"), status: 404, error: "failed to get domain 'x y'"},
+		{name: "ambiguous", request: get("/v1/domains/twin"), status: 409, error: "more than one domain is called 'twin'"},
+		{name: "post", request: "POST /v1/status HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", status: 405, error: "method POST is not allowed on /v1/status", allow: "GET, HEAD"},
+		{name: "get collection", request: get("/v1/collection"), status: 405, error: "method GET is not allowed on /v1/collection", allow: "PUT"},
+		{name: "odd method", request: "FROB /v1/domains/x HTTP/1.1\r\nHost: x\r\n\r\n", status: 405, error: "method FROB", allow: "GET, HEAD"},
+		{name: "options *", request: "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", status: 404, error: `no such path: "*"`},
+		{name: "get with body", request: "GET /v1/status HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi", status: 400, error: "method GET takes no body"},
+		{name: "parameter where there is none", request: get("/v1/status?x=1"), status: 400, error: `/v1/status takes no parameters: "x=1"`},
+		{name: "unknown parameter", request: get("/v1/report?x=1"), status: 400, error: `unknown parameter "x"`},
+		{name: "bad duration", request: get("/v1/report?interval=1"), status: 400, error: `parameter interval="1"`},
+		{name: "both", request: get("/v1/report?interval=1s&total"), status: 400, error: "parameters interval and total"},
+		{name: "empty body", request: put(""), status: 400, error: "bad body: EOF"},
+		{name: "bad JSON", request: put("{"), status: 400, error: "bad body: unexpected EOF"},
+		{name: "unknown key", request: put(`{"x":1}`), status: 400, error: `bad body: json: unknown field "x"`},
+		{name: "huge body", request: put(`{"collection":"` + strings.Repeat("x", 1<<20)), status: 413, error: "body is longer than 4096 bytes"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if os.Getuid() != 0 && strings.HasPrefix(tt.request, "PUT") {
+				t.Skip("switching takes root")
+			}
+			resp := raw(t, path, tt.request)
+			body, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var e api.Error
+			if err := json.Unmarshal(body, &e); err != nil {
+				t.Fatalf("%v in %s", err, body)
+			}
+			if resp.StatusCode != tt.status || !strings.HasPrefix(e.Message, tt.error) || (e.Message == "") != (tt.error == "") {
+				t.Errorf("status %d, error %q; want %d, %q", resp.StatusCode, e.Message, tt.status, tt.error)
+			}
+			if e.Schema != api.Schema {
+				t.Errorf("schema %q", e.Schema)
+			}
+			if got := resp.Header.Get("Allow"); got != tt.allow {
+				t.Errorf("Allow: %q, want %q", got, tt.allow)
+			}
+			if got := resp.Header.Get("Content-Type"); got != "application/json" {
+				t.Errorf("Content-Type: %q", got)
+			}
+		})
+	}
+	if b.set.Load() != nil {
+		t.Errorf("a bad request reached the backend: %+v", *b.set.Load())
+	}
+	t.Run("lists are lists and text is plain", func(t *testing.T) {
+		resp := raw(t, path, get("/v1/domains/10"))
+		body, _ := io.ReadAll(resp.Body)
+		for _, want := range []string{`"vcpus":[]`, `"exits":[]`, `"since":null`, `"name":"a<b"`, `"schema":"virtexit/v1"`} {
+			if !strings.Contains(string(body), want) {
+				t.Errorf("no %s in %s", want, body)
+			}
+		}
+	})
+	t.Run("head", func(t *testing.T) {
+		resp := raw(t, path, "HEAD /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
+		if resp.StatusCode != 200 || resp.ContentLength <= 0 {
+			t.Errorf("status %d, length %d", resp.StatusCode, resp.ContentLength)
+		}
+	})
+}
+
+// What is not HTTP/1 is refused, mostly by net/http before it becomes a request.
+func TestGarbage(t *testing.T) {
+	path, _ := start(t, New(newBackend(), Options{}))
+	for _, tt := range []struct {
+		name, request string
+		status        int
+	}{
+		{"binary", "\x00\x01\x02\xff\xfe\r\n\r\n", 400},
+		{"TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400},
+		{"no version", "GET /v1/status\r\n\r\n", 400},
+		{"bad escape", "GET /v1/domains/%zz HTTP/1.1\r\nHost: x\r\n\r\n", 400},
+		{"two lengths", "PUT /v1/collection HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400},
+		{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 404},
+		{"huge header", "GET /v1/status HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("y", 1<<20) + "\r\n\r\n", 431},
+		{"huge line", "GET /v1/report?domain=" + strings.Repeat("y", 1<<20) + " HTTP/1.1\r\nHost: x\r\n\r\n", 431},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := raw(t, path, tt.request).StatusCode; got != tt.status {
+				t.Errorf("status %d, want %d", got, tt.status)
+			}
+		})
+	}
+	if _, err := client.New(path).Status(t.Context()); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+func TestBackendErrors(t *testing.T) {
+	b := newBackend()
+	b.setErr = errors.New("netlink: no such family")
+	path, _ := start(t, New(b, Options{AdminGroup: fmt.Sprint(os.Getgid())}))
+	c := client.New(path)
+	var refused *client.StatusError
+	_, err := c.SetCollection(t.Context(), api.Collection{Collection: "on", Level: "count"})
+	if !errors.As(err, &refused) || refused.Status != 500 || refused.Message != "netlink: no such family" {
+		t.Errorf("got %v", err)
+	}
+	if got := b.set.Load(); got == nil || *got != (api.Collection{Collection: "on", Level: "count"}) {
+		t.Errorf("the backend got %+v", got)
+	}
+	b.domains = []api.Domain{{Name: "nan", Rate: math.NaN()}}
+	if _, err = c.Domains(t.Context()); !errors.As(err, &refused) || refused.Status != 500 {
+		t.Errorf("NaN: %v", err)
+	}
+}
+
+// as dials with the credentials of somebody else. These belong to a thread,
+// which ends with the goroutine that is locked to it.
+func as(uid, gid int, groups []uint32, path string) (net.Conn, error) {
+	type result struct {
+		c   net.Conn
+		err error
+	}
+	done := make(chan result)
+	go func() {
+		runtime.LockOSThread()
+		set := func(nr uintptr, args ...uintptr) error {
+			if _, _, errno := syscall.RawSyscall(nr, args[0], args[1], args[2]); errno != 0 {
+				return errno
+			}
+			return nil
+		}
+		err := errors.Join(
+			set(syscall.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(unsafe.SliceData(groups))), 0),
+			set(syscall.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)),
+			set(syscall.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)),
+		)
+		if err != nil {
+			done <- result{nil, err}
+			return
+		}
+		c, err := net.Dial("unix", path)
+		done <- result{c, err}
+	}()
+	r := <-done
+	return r.c, r.err
+}
+
+func TestAdmin(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root to connect as others")
+	}
+	many := make([]uint32, 1000)
+	for i := range many {
+		many[i] = uint32(50000 + i)
+	}
+	for _, tt := range []struct {
+		name, adminGroup string
+		uid, gid         int
+		groups           []uint32
+		status           int
+		error            string
+	}{
+		{name: "root", status: 200},
+		{name: "root, group unknown", adminGroup: "no-such-group", status: 200},
+		{name: "nobody, no group", uid: 65534, gid: 65534, status: 403, error: "switching collection needs root"},
+		{name: "nobody, group unknown", adminGroup: "no-such-group", uid: 65534, gid: 65534, status: 403, error: "switching collection needs root: group 'no-such-group': group: unknown group no-such-group"},
+		{name: "not a member", adminGroup: "4321", uid: 65534, gid: 65534, groups: []uint32{4320, 4322}, status: 403, error: "switching collection needs root or membership of group '4321'"},
+		{name: "root's group is not root", uid: 65534, gid: 0, status: 403, error: "switching collection needs root"},
+		{name: "main group", adminGroup: "4321", uid: 65534, gid: 4321, status: 200},
+		{name: "other group", adminGroup: "4321", uid: 65534, gid: 65534, groups: []uint32{1, 4321}, status: 200},
+		{name: "last of many groups", adminGroup: "50999", uid: 65534, gid: 65534, groups: many, status: 200},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBackend()
+			path, _ := start(t, New(b, Options{AdminGroup: tt.adminGroup}))
+			for _, f := range []struct {
+				path string
+				mode os.FileMode
+			}{{path, 0o666}, {filepath.Dir(path), 0o755}, {filepath.Dir(filepath.Dir(path)), 0o755}} {
+				if err := os.Chmod(f.path, f.mode); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, step := range []struct {
+				request string
+				status  int
+				error   string
+			}{
+				{"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n", 200, ""},
+				{"PUT /v1/collection HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{\"collection\":\"off\"}", tt.status, tt.error},
+			} {
+				c, err := as(tt.uid, tt.gid, tt.groups, path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				if _, err := io.WriteString(c, step.request); err != nil {
+					t.Fatal(err)
+				}
+				resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var e api.Error
+				if err := json.NewDecoder(resp.Body).Decode(&e); err != nil {
+					t.Fatal(err)
+				}
+				if resp.StatusCode != step.status || e.Message != step.error {
+					t.Errorf("%.10s: status %d, error %q; want %d, %q", step.request, resp.StatusCode, e.Message, step.status, step.error)
+				}
+			}
+			if switched := b.set.Load() != nil; switched != (tt.status == 200) {
+				t.Errorf("switched: %v", switched)
+			}
+		})
+	}
+}
+
+func TestSlowClients(t *testing.T) {
+	b := newBackend()
+	for len(b.domains) < 20000 { // some MB: more than a socket's buffer
+		b.domains = append(b.domains, api.Domain{Name: strings.Repeat("x", 100)})
+	}
+	s := New(b, Options{MaxClients: 1})
+	s.readTimeout, s.writeTimeout = 100*time.Millisecond, 100*time.Millisecond
+	path, _ := start(t, s)
+	for _, tt := range []struct{ name, request string }{
+		{"silent", ""},
+		{"half a header", "GET /v1/status HTTP/1.1\r\nHo"},
+		{"half a body", "PUT /v1/collection HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{\"coll"},
+		{"does not read", "GET /v1/domains HTTP/1.1\r\nHost: x\r\n\r\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c, err := net.Dial("unix", path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			io.WriteString(c, tt.request)
+			time.Sleep(400 * time.Millisecond)
+			// By now the server has hung up: what it sent comes to an end.
+			c.SetReadDeadline(time.Now().Add(2 * time.Second))
+			if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Error("the server still waits")
+			}
+			if _, err := client.New(path).Status(t.Context()); err != nil {
+				t.Errorf("others: %v", err)
+			}
+		})
+	}
+	t.Run("a report may take longer", func(t *testing.T) {
+		if _, err := client.New(path).Report(t.Context(), []string{"ten"}, 300*time.Millisecond); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestTooManyClients(t *testing.T) {
+	b := newBackend()
+	b.entered = make(chan struct{})
+	path, _ := start(t, New(b, Options{MaxClients: 1}))
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		_, err := client.New(path).Report(ctx, nil, time.Minute)
+		done <- err
+	}()
+	<-b.entered
+	var refused *client.StatusError
+	if _, err := client.New(path).Status(t.Context()); !errors.As(err, &refused) || refused.Status != 503 ||
+		refused.Message != "too many clients: 1 requests are under way" {
+		t.Errorf("got %v", err)
+	}
+	// A client that goes away frees its place.
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("canceled report: %v", err)
+	}
+	for try := 0; ; try++ {
+		if _, err := client.New(path).Status(t.Context()); err == nil {
+			break
+		} else if try == 100 {
+			t.Fatalf("the place is not freed: %v", err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if got := b.left.Load(); got != 1 {
+		t.Errorf("%d reports were cut short, want 1", got)
+	}
+}
+
+func TestConnectionsAreLimited(t *testing.T) {
+	s := New(newBackend(), Options{MaxClients: 1})
+	s.readTimeout = 300 * time.Millisecond
+	path, _ := start(t, s)
+	for range 10 {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	// The ten are served two by two, each until it has been silent too long.
+	begin := time.Now()
+	if _, err := client.New(path).Status(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if waited := time.Since(begin); waited < 4*s.readTimeout {
+		t.Errorf("served after %v: connections are not limited", waited)
+	}
+}
+
+func TestShutdown(t *testing.T) {
+	b := newBackend()
+	b.entered = make(chan struct{})
+	path, stop := start(t, New(b, Options{}))
+	done := make(chan error)
+	go func() {
+		_, err := client.New(path).Report(t.Context(), nil, time.Minute)
+		done <- err
+	}()
+	<-b.entered
+	idle, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer idle.Close()
+	begin := time.Now()
+	if err := stop(); err != nil {
+		t.Errorf("Serve: %v", err)
+	}
+	if took := time.Since(begin); took > shutdownGrace+time.Second {
+		t.Errorf("took %v", took)
+	}
+	var refused *client.StatusError
+	if err := <-done; !errors.As(err, &refused) || refused.Message != "virtexitd is stopping" {
+		t.Errorf("report under way: %v", err)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("socket: %v", err)
+	}
+	var connect *client.ConnectError
+	if _, err := client.New(path).Status(t.Context()); !errors.As(err, &connect) {
+		t.Errorf("afterwards: %v", err)
+	}
+}

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package report prints what virtexitd answers: as tables for people, as CSV
+// and JSON for programs.
+//
+// Tables show "-" for what is not known, times with three significant digits,
+// and control characters in names as escapes. CSV is RFC 4180's with a header
+// line, but with lines that end in LF as other tools here expect; its numbers
+// are unrounded, its times nanoseconds, its unknown values empty. JSON is the
+// api object, indented.
+package report
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"time"
+
+	"virtexit/internal/api"
+)
+
+// Format is how an answer is printed.
+type Format string
+
+// The formats.
+const (
+	Table Format = "table"
+	CSV   Format = "csv"
+	JSON  Format = "json"
+)
+
+// By is what the rows of a report are.
+type By string
+
+// The kinds of rows.
+const (
+	ByReason By = "reason"
+	ByVCPU   By = "vcpu"
+)
+
+// Options say how a report is printed.
+type Options struct {
+	Format Format
+	By     By
+	// Limit is the number of most frequent reasons of a domain that are
+	// printed; 0: all. Tables and CSV sum up the others in one row more.
+	Limit int
+}
+
+// Report prints a report.
+func Report(w io.Writer, r api.Report, o Options) error {
+	if o.Format == JSON {
+		r.Domains = append([]api.Domain{}, r.Domains...)
+		for i := range r.Domains {
+			d := &r.Domains[i]
+			if o.Limit > 0 && len(d.Exits) > o.Limit {
+				d.Exits = d.Exits[:o.Limit]
+			}
+		}
+		return writeJSON(w, r)
+	}
+	if o.Format == CSV {
+		if o.By == ByVCPU {
+			return vcpusCSV(w, r)
+		}
+		return reasonsCSV(w, r, o.Limit)
+	}
+	for i := range r.Domains {
+		d := &r.Domains[i]
+		if i > 0 {
+			fmt.Fprintln(w)
+		}
+		heading(w, d)
+		if d.Since == nil && d.Count == 0 {
+			if _, err := fmt.Fprintln(w, "nothing was counted"); err != nil {
+				return err
+			}
+			continue
+		}
+		fmt.Fprintf(w, "%s, %s, %d exits, %s/s, guest %s\n", span(d.SpanNS), plural(len(d.VCPUs), "vCPU"), d.Count, rate(d.Rate), guest(d))
+		rows := reasons(d, o.Limit)
+		if o.By == ByVCPU {
+			rows = vcpus(d)
+		}
+		if err := rows.write(w); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// heading tells which domain the table below is about.
+func heading(w io.Writer, d *api.Domain) {
+	fmt.Fprintf(w, "Domain '%s'", Clean(d.Name))
+	if d.ID != nil {
+		fmt.Fprintf(w, ", id %d", *d.ID)
+	}
+	if d.UUID != nil {
+		fmt.Fprintf(w, ", uuid %s", Clean(*d.UUID))
+	}
+	fmt.Fprintln(w)
+}
+
+func plural(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// span prints a longer time as people say it.
+func span(ns int64) string {
+	if d := time.Duration(ns); d >= 100*time.Second {
+		return d.Round(time.Second).String()
+	}
+	return duration(uint64(max(ns, 0)))
+}
+
+// timed tells whether times were measured. At level count there are none, and
+// the numbers that stand for them say nothing.
+func timed(d *api.Domain) bool {
+	if d.GuestNS > 0 || d.Count == 0 {
+		return true
+	}
+	for i := range d.Exits {
+		if d.Exits[i].MeanNS != nil {
+			return true
+		}
+	}
+	return false
+}
+
+func guest(d *api.Domain) string {
+	if !timed(d) {
+		return none
+	}
+	return percent(d.GuestPct) + "%"
+}
+
+func reasons(d *api.Domain, limit int) *table {
+	t := &table{columns: []column{
+		{title: "Reason", least: 8}, {title: "Count", right: true}, {title: "Rate", right: true}, {title: "Share", right: true},
+		{title: "Time", right: true}, {title: "Mean", right: true}, {title: "P50", right: true}, {title: "P99", right: true},
+		{title: "Max", right: true},
+	}}
+	for _, e := range top(d.Exits, limit) {
+		var sum *uint64
+		if e.MaxNS != nil { // some were timed
+			sum = &e.TimeNS
+		}
+		t.add(e.Reason, count(e.Count), rate(e.Rate), percent(100*e.Share)+"%", durationOrNone(sum),
+			durationOrNone(e.MeanNS), durationOrNone(e.P50NS), durationOrNone(e.P99NS), durationOrNone(e.MaxNS))
+	}
+	return t
+}
+
+// top returns the first limit exits and one that is the sum of the others. It
+// has no ISA; a mean or a percentile cannot be told.
+func top(exits []api.Exit, limit int) []api.Exit {
+	if limit <= 0 || len(exits) <= limit {
+		return exits
+	}
+	more := exits[limit:]
+	sum := api.Exit{Reason: fmt.Sprintf("(%d more)", len(more))}
+	for _, e := range more {
+		sum.Count += e.Count
+		sum.Rate += e.Rate
+		sum.Share += e.Share
+		sum.TimeNS += e.TimeNS
+		if e.MaxNS != nil && (sum.MaxNS == nil || *e.MaxNS > *sum.MaxNS) {
+			sum.MaxNS = e.MaxNS
+		}
+	}
+	return append(exits[:limit:limit], sum)
+}
+
+func vcpus(d *api.Domain) *table {
+	t := &table{columns: []column{
+		{title: "vCPU", right: true}, {title: "TID", right: true}, {title: "Exits", right: true}, {title: "Rate", right: true},
+		{title: "Share", right: true}, {title: "Guest %", right: true}, {title: "Time", right: true},
+	}}
+	known := timed(d)
+	for _, v := range d.VCPUs {
+		guest, sum := none, none
+		if known {
+			guest, sum = percent(v.GuestPct), duration(v.TimeNS)
+		}
+		t.add(fmt.Sprint(v.ID), fmt.Sprint(v.TID), count(v.Exits), rate(v.Rate), share(v.Exits, d.Count), guest, sum)
+	}
+	return t
+}
+
+func share(part, whole uint64) string {
+	if whole == 0 {
+		return none
+	}
+	return percent(100*float64(part)/float64(whole)) + "%"
+}
+
+// List prints domains, one a line. Unless collecting is set, rates and the
+// share of time in the guest are not known; the counts stand still.
+func List(w io.Writer, d api.Domains, f Format, collecting bool) error {
+	switch f {
+	case JSON:
+		return writeJSON(w, d)
+	case CSV:
+		return listCSV(w, d)
+	}
+	t := &table{columns: []column{
+		{title: "Id"}, {title: "Name", least: 18}, {title: "State"}, {title: "vCPUs", right: true},
+		{title: "Exits/s", right: true}, {title: "Guest %", right: true}, {title: "Top reasons", least: 16},
+	}}
+	for i := range d.Domains {
+		d := &d.Domains[i]
+		id, vcpus, exits, guest := none, none, none, none
+		if d.ID != nil {
+			id = fmt.Sprint(*d.ID)
+		}
+		if len(d.VCPUs) > 0 {
+			vcpus = fmt.Sprint(len(d.VCPUs))
+		}
+		if collecting && d.Running() {
+			exits = rate(d.Rate)
+			if timed(d) {
+				guest = percent(d.GuestPct)
+			}
+		}
+		t.add(id, d.Name, d.State, vcpus, exits, guest, topReasons(d))
+	}
+	return t.write(w)
+}
+
+// topReasons names the three most frequent reasons.
+func topReasons(d *api.Domain) string {
+	s := ""
+	for _, e := range d.Exits[:min(3, len(d.Exits))] {
+		if s != "" {
+			s += " "
+		}
+		if e.Share < 0.005 {
+			s += e.Reason + " <1%"
+		} else {
+			s += fmt.Sprintf("%s %.0f%%", e.Reason, 100*e.Share)
+		}
+	}
+	if s == "" {
+		return none
+	}
+	return s
+}
+
+// Status prints how the daemon is.
+func Status(w io.Writer, s api.Status, f Format) error {
+	switch f {
+	case JSON:
+		return writeJSON(w, s)
+	case CSV:
+		return statusCSV(w, s)
+	}
+	collector := none
+	if s.Collector != nil {
+		collector = *s.Collector
+		if s.Module != "" {
+			collector += " " + s.Module
+		}
+	}
+	libvirt := "not connected to " + s.Libvirt.URI
+	if s.Libvirt.Connected {
+		libvirt = "connected to " + s.Libvirt.URI
+	}
+	if s.Libvirt.Error != "" {
+		libvirt += ": " + s.Libvirt.Error
+	}
+	lines := [][2]string{
+		{"Collection", s.Collection},
+		{"Problem", s.Problem},
+		{"Level", s.Level},
+		{"Collector", collector},
+		{"Hook", s.Hook},
+		{"Kernel", s.Kernel},
+		{"ISA", s.ISA},
+		{"Slots", fmt.Sprintf("%d live, %d retired, %d backed, %d at most", s.Slots.Live, s.Slots.Retired, s.Slots.Backed, s.Slots.Max)},
+		{"Exits", count(s.Exits)},
+		{"Unattributed", count(s.Unattributed)},
+		{"Missed", count(s.Missed)},
+		{"Libvirt", libvirt},
+		{"Daemon", fmt.Sprintf("%s, since %s", s.Version, s.Since.Format("2006-01-02 15:04:05 MST"))},
+	}
+	for _, l := range lines {
+		if l[1] == "" {
+			continue
+		}
+		if _, err := fmt.Fprintf(w, "%-15s %s\n", l[0]+":", Clean(l[1])); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeJSON(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}

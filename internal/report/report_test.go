@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package report
+
+import (
+	"bytes"
+	"encoding/csv"
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"virtexit/internal/api"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(got)); diff != "" {
+		t.Errorf("%s (-want +got)\n%s", path, diff)
+	}
+}
+
+func ptr[T any](v T) *T { return &v }
+
+var since = time.Date(2025, 11, 22, 10, 48, 0, 5e8, time.UTC)
+
+// exit makes one that took mean nanoseconds each; 0: it was not timed.
+func exit(isa string, code uint32, reason string, count, of, mean uint64) api.Exit {
+	e := api.Exit{ISA: isa, Code: code, Reason: reason, Count: count, Rate: float64(count), Share: float64(count) / float64(of)}
+	if mean > 0 {
+		e.TimeNS = count * mean
+		e.MeanNS, e.P50NS, e.P99NS, e.MaxNS = &mean, ptr(mean/2), ptr(mean*20), ptr(mean*1000)
+	}
+	return e
+}
+
+func web() api.Domain {
+	return api.Domain{
+		ID: ptr(3), Name: "web01", UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa0"), TGID: 4711, State: "running", Source: "libvirt",
+		Since: &since, SpanNS: 1000123456, Count: 20000, Rate: 19997.531, GuestNS: 1740000000, GuestPct: 86.9892,
+		VCPUs: []api.VCPU{
+			{ID: 0, TID: 4715, Exits: 12000, Rate: 11998.5, TimeNS: 120345678, GuestNS: 880000000, GuestPct: 87.99},
+			{ID: 1, TID: 4716, Exits: 8000, Rate: 7999, TimeNS: 9, GuestNS: 860000000, GuestPct: 85.9884},
+		},
+		Exits: []api.Exit{
+			exit("svm", 0x78, "hlt", 12000, 20000, 104999), exit("svm", 0x7b, "io", 7000, 20000, 12345),
+			exit("svm", 0x400, "npf", 950, 20000, 999), exit("svm", 0x72, "cpuid", 49, 20000, 2), exit("svm", 0x41, "write_dr15", 1, 20000, 999600),
+		},
+	}
+}
+
+func intel() api.Domain {
+	return api.Domain{
+		ID: ptr(12), Name: "instance-0000001a", UUID: ptr("c7a5fdbd-edaf-9455-926a-d65c16db1809"), TGID: 5000, State: "running", Source: "rundir",
+		Since: &since, SpanNS: 93784e9, Count: 18446744073, Rate: 196693.5, GuestNS: 93784e9, GuestPct: 100,
+		VCPUs: []api.VCPU{{ID: 0, TID: 5001, Exits: 18446744073, Rate: 196693.5, TimeNS: 93784e9, GuestNS: 93784e9, GuestPct: 100}},
+		Exits: []api.Exit{
+			rated(127954.02, exit("vmx", 1, "EXTERNAL_INTERRUPT", 12000000000, 18446744073, 1500)),
+			rated(68739.48, exit("vmx", 30, "IO_INSTRUCTION", 6446744073, 18446744073, 9950)),
+		},
+	}
+}
+
+func rated(rate float64, e api.Exit) api.Exit {
+	e.Rate = rate
+	return e
+}
+
+// counted is at level count: nothing is timed.
+func counted() api.Domain {
+	d := web()
+	d.ID, d.Name, d.UUID, d.GuestNS, d.GuestPct = nil, "qemu-system-x86_64 (4711)", nil, 0, 0
+	for i := range d.VCPUs {
+		d.VCPUs[i].TimeNS, d.VCPUs[i].GuestNS, d.VCPUs[i].GuestPct = 0, 0, 0
+	}
+	d.Exits = []api.Exit{exit("svm", 0x78, "hlt", 20000, 20000, 0)}
+	return d
+}
+
+func off() api.Domain {
+	return api.Domain{Name: "archive", UUID: ptr("11111111-2222-3333-4444-555555555555"), State: "shut off", Source: "libvirt", VCPUs: []api.VCPU{}, Exits: []api.Exit{}}
+}
+
+func named(names ...string) []api.Domain {
+	var domains []api.Domain
+	for i, name := range names {
+		d := web()
+		d.ID, d.Name = ptr(i), name
+		domains = append(domains, d)
+	}
+	return domains
+}
+
+var ugly = named("虚拟机一号", "naïve café", "comma, \"quote\" 'n' tick", "line\nbreak\ttab\x1b[31mred", "=1+1", " lead and trail ",
+	"\u202egnp.evil", "e\u0301clair", "🦊 fox", "bad\xffutf8", "", strings.Repeat("a-very-long-name-", 10), strings.Repeat("虚", 40))
+
+func cases() map[string][]api.Domain {
+	return map[string][]api.Domain{
+		"usual": {web(), intel(), counted(), off()},
+		"ugly":  ugly,
+		"none":  {},
+	}
+}
+
+var formats = map[Format]string{Table: "txt", CSV: "csv", JSON: "json"}
+
+func TestGolden(t *testing.T) {
+	check := func(name string, f Format, print func(w *bytes.Buffer) error) {
+		t.Run(name+"."+formats[f], func(t *testing.T) {
+			var out bytes.Buffer
+			if err := print(&out); err != nil {
+				t.Fatal(err)
+			}
+			golden(t, name+"."+formats[f], out.Bytes())
+			switch f {
+			case CSV:
+				if _, err := csv.NewReader(&out).ReadAll(); err != nil {
+					t.Error(err)
+				}
+			case JSON:
+				if !json.Valid(out.Bytes()) {
+					t.Error("not valid")
+				}
+			case Table:
+				for line := range strings.Lines(out.String()) {
+					line = strings.TrimSuffix(line, "\n")
+					if strings.HasPrefix(line, "Domain '") { // names are whole there
+						continue
+					}
+					if n := width(line); n > lineWidth {
+						t.Errorf("%d columns: %s", n, line)
+					}
+					if Clean(line) != line {
+						t.Errorf("%q can break a terminal", line)
+					}
+				}
+			}
+		})
+	}
+	for f := range formats {
+		for name, domains := range cases() {
+			report := api.Report{Schema: api.Schema, Time: since, IntervalNS: 1e9, Domains: domains}
+			check("list-"+name, f, func(w *bytes.Buffer) error {
+				return List(w, api.Domains{Schema: api.Schema, Domains: domains}, f, true)
+			})
+			check("reasons-"+name, f, func(w *bytes.Buffer) error {
+				return Report(w, report, Options{Format: f, By: ByReason})
+			})
+			check("vcpus-"+name, f, func(w *bytes.Buffer) error {
+				return Report(w, report, Options{Format: f, By: ByVCPU})
+			})
+		}
+		check("list-standing-still", f, func(w *bytes.Buffer) error {
+			return List(w, api.Domains{Schema: api.Schema, Domains: cases()["usual"]}, f, false)
+		})
+		check("reasons-limit", f, func(w *bytes.Buffer) error {
+			return Report(w, api.Report{Schema: api.Schema, Total: true, Time: since, Domains: []api.Domain{web(), intel()}}, Options{Format: f, By: ByReason, Limit: 2})
+		})
+		good := api.Status{
+			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), Module: "0.1.0", Hook: "tracepoint",
+			Kernel: "6.1.0-56-amd64", ISA: "svm", Slots: api.Slots{Live: 4, Retired: 1, Backed: 64, Max: 4096}, Exits: 1<<64 - 1, Unattributed: 3, Missed: 2,
+			Libvirt: api.Libvirt{Connected: true, URI: "qemu:///system"}, Since: since,
+		}
+		bad := api.Status{
+			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "off", Problem: "the module virtexit is not loaded", Hook: "none",
+			Kernel: "6.1.0-56-amd64", ISA: "none", Libvirt: api.Libvirt{URI: "qemu:///system", Error: "no route,\nto \"host\""}, Since: since,
+		}
+		check("status-good", f, func(w *bytes.Buffer) error { return Status(w, good, f) })
+		check("status-bad", f, func(w *bytes.Buffer) error { return Status(w, bad, f) })
+	}
+}
+
+// CSV carries names through unchanged.
+func TestCSVNames(t *testing.T) {
+	var out bytes.Buffer
+	if err := List(&out, api.Domains{Domains: ugly}, CSV, true); err != nil {
+		t.Fatal(err)
+	}
+	rows, err := csv.NewReader(&out).ReadAll()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, d := range ugly {
+		if got := rows[i+1][1]; got != d.Name {
+			t.Errorf("name %q, want %q", got, d.Name)
+		}
+	}
+}
+
+func TestLimitKeepsSums(t *testing.T) {
+	for limit := range 7 {
+		var out bytes.Buffer
+		d := web()
+		if err := Report(&out, api.Report{Domains: []api.Domain{d}}, Options{Format: CSV, By: ByReason, Limit: limit}); err != nil {
+			t.Fatal(err)
+		}
+		rows, err := csv.NewReader(&out).ReadAll()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := 1 + len(d.Exits)
+		if limit > 0 && limit < len(d.Exits) {
+			want = 1 + limit + 1
+		}
+		if len(rows) != want {
+			t.Errorf("limit %d: %d rows, want %d", limit, len(rows), want)
+		}
+		var sum uint64
+		for _, row := range rows[1:] {
+			n, err := strconv.ParseUint(row[7], 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sum += n
+		}
+		if sum != d.Count {
+			t.Errorf("limit %d: counts add up to %d, want %d", limit, sum, d.Count)
+		}
+		if diff := cmp.Diff(web(), d); diff != "" {
+			t.Errorf("limit %d changed its input\n%s", limit, diff)
+		}
+	}
+}
+
+func TestDuration(t *testing.T) {
+	for _, tt := range []struct {
+		ns   uint64
+		want string
+	}{
+		{0, "0ns"}, {1, "1ns"}, {999, "999ns"}, {1000, "1.00us"}, {9994, "9.99us"}, {9995, "10.0us"}, {99949, "99.9us"}, {99950, "100us"},
+		{999499, "999us"}, {999500, "1.00ms"}, {12345678, "12.3ms"}, {999499999, "999ms"}, {999500000, "1.00s"}, {59e9, "59.0s"},
+		{123456789e3, "123s"}, {987654321e6, "987654s"}, {1<<64 - 1, "18446744074s"},
+	} {
+		if got := duration(tt.ns); got != tt.want {
+			t.Errorf("duration(%d) = %s, want %s", tt.ns, got, tt.want)
+		}
+	}
+}
+
+type fullDisk struct{}
+
+func (fullDisk) Write([]byte) (int, error) { return 0, errors.New("no space left") }
+
+func TestWriteError(t *testing.T) {
+	for f := range formats {
+		if err := List(fullDisk{}, api.Domains{Domains: ugly}, f, true); err == nil {
+			t.Errorf("list %s: no error", f)
+		}
+		if err := Report(fullDisk{}, api.Report{Domains: ugly}, Options{Format: f, By: ByReason}); err == nil {
+			t.Errorf("report %s: no error", f)
+		}
+		if err := Status(fullDisk{}, api.Status{}, f); err == nil {
+			t.Errorf("status %s: no error", f)
+		}
+	}
+}
+
+func FuzzClean(f *testing.F) {
+	f.Add("a\x00\x1b[31m\u202e\xff\n虚")
+	f.Fuzz(func(t *testing.T, s string) {
+		got := Clean(s)
+		if Clean(got) != got || strings.ContainsAny(got, "\n\r\t\x1b\x00\u0085\u2028") {
+			t.Errorf("Clean(%q) = %q", s, got)
+		}
+	})
+}

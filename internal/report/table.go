@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package report
+
+import (
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/mattn/go-runewidth"
+)
+
+// lineWidth is what a table tries not to exceed.
+const lineWidth = 80
+
+// none stands for what is not known.
+const none = "-"
+
+// column is one column of a table.
+type column struct {
+	title string
+	right bool // aligned; a column of numbers
+	least int  // width down to which it may be cut; 0: never cut
+}
+
+// table prints as virsh does: a leading space, a header, a dashed rule.
+type table struct {
+	columns []column
+	rows    [][]string
+}
+
+func (t *table) add(cells ...string) {
+	for i := range cells {
+		cells[i] = Clean(cells[i])
+	}
+	t.rows = append(t.rows, cells)
+}
+
+const gap = "  "
+
+func (t *table) write(w io.Writer) error {
+	widths := make([]int, len(t.columns))
+	line := 1 - len(gap)
+	for i, c := range t.columns {
+		widths[i] = width(c.title)
+		for _, row := range t.rows {
+			widths[i] = max(widths[i], width(row[i]))
+		}
+		line += len(gap) + widths[i]
+	}
+	for i, c := range t.columns {
+		if cut := min(line-lineWidth, widths[i]-c.least); c.least > 0 && cut > 0 {
+			widths[i] -= cut
+			line -= cut
+		}
+	}
+	var b strings.Builder
+	writeLine := func(cell func(int) string) {
+		var text strings.Builder
+		for i, c := range t.columns {
+			s := cut(cell(i), widths[i])
+			pad := strings.Repeat(" ", widths[i]-width(s))
+			if i > 0 {
+				text.WriteString(gap)
+			}
+			if c.right {
+				s = pad + s
+			} else {
+				s += pad
+			}
+			text.WriteString(s)
+		}
+		b.WriteString(strings.TrimRight(" "+text.String(), " ") + "\n")
+	}
+	writeLine(func(i int) string { return t.columns[i].title })
+	b.WriteString(strings.Repeat("-", line) + "\n")
+	for _, row := range t.rows {
+		writeLine(func(i int) string { return row[i] })
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// terminal gives widths that do not depend on the locale.
+func terminal() *runewidth.Condition {
+	return &runewidth.Condition{StrictEmojiNeutral: true}
+}
+
+func width(s string) int { return terminal().StringWidth(s) }
+
+// cut shortens s to at most n columns.
+func cut(s string, n int) string { return terminal().Truncate(s, n, "…") }
+
+// Clean makes text from outside safe to print on one line of a terminal: what
+// cannot be printed appears as an escape.
+func Clean(s string) string {
+	var b strings.Builder
+	for i := 0; i < len(s); {
+		r, size := utf8.DecodeRuneInString(s[i:])
+		switch {
+		case r == utf8.RuneError && size == 1:
+			fmt.Fprintf(&b, `\x%02x`, s[i])
+		case unicode.IsPrint(r):
+			b.WriteRune(r)
+		default:
+			quoted := strconv.QuoteRune(r)
+			b.WriteString(quoted[1 : len(quoted)-1])
+		}
+		i += size
+	}
+	return b.String()
+}
+
+// duration prints nanoseconds with three significant digits.
+func duration(ns uint64) string {
+	if ns < 1000 {
+		return fmt.Sprintf("%dns", ns)
+	}
+	v := float64(ns)
+	for _, unit := range []string{"us", "ms", "s"} {
+		v /= 1000
+		switch {
+		case v < 9.995:
+			return fmt.Sprintf("%.2f%s", v, unit)
+		case v < 99.95:
+			return fmt.Sprintf("%.1f%s", v, unit)
+		case v < 999.5 || unit == "s":
+			return fmt.Sprintf("%.0f%s", v, unit)
+		}
+	}
+	return none // not reached
+}
+
+func durationOrNone(ns *uint64) string {
+	if ns == nil {
+		return none
+	}
+	return duration(*ns)
+}
+
+func count(n uint64) string { return strconv.FormatUint(n, 10) }
+
+func rate(r float64) string { return strconv.FormatFloat(r, 'f', 1, 64) }
+
+// percent prints one decimal, and 100 without it: that saves a column.
+func percent(p float64) string {
+	s := strconv.FormatFloat(p, 'f', 1, 64)
+	if s == "100.0" {
+		s = "100"
+	}
+	return s
+}
