@@ -1,0 +1,487 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vmmap
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"virtexit/internal/snapshot"
+)
+
+// The recorded guests.
+const (
+	uuid1     = "11111111-2222-4333-8444-000000000001"
+	uuid10    = "11111111-2222-4333-8444-00000000000a"
+	uuidWeb   = "11111111-2222-4333-8444-0000000000cc"
+	uuidIdle  = "11111111-2222-4333-8444-0000000000dd"
+	uuidOld   = "99999999-2222-4333-8444-000000000009"
+	web       = `web, "db" é 1`
+	vm1Start  = 2226 * tick
+	vm10Start = 2968 * tick
+	webStart  = 3540 * tick
+)
+
+var vm1 = snapshot.Process{TGID: 201, Start: vm1Start + 1234567} // as the kernel tells it: finer than /proc
+
+func id(n int) *int { return &n }
+
+// what libvirt listed when the host was recorded.
+var records = []record{
+	{id(1), "vm1", uuid1, Running, true},
+	{id(2), "vm10", uuid10, Paused, true},
+	{id(3), web, uuidWeb, Running, false},
+	{nil, "idle", uuidIdle, ShutOff, true},
+}
+
+// host is the recorded system in a directory where it can change.
+type host struct {
+	*Map
+	t    *testing.T
+	root string
+	time time.Time
+}
+
+func newHost(t *testing.T, l *Libvirt) *host {
+	h := &host{t: t, root: t.TempDir(), time: time.Unix(1000, 0)}
+	if err := os.CopyFS(h.root, os.DirFS("testdata/host")); err != nil {
+		t.Fatal(err)
+	}
+	h.Map = New(Config{Root: h.root, Libvirt: l, Now: func() time.Time { return h.time }})
+	return h
+}
+
+func (h *host) path(p string) string { return filepath.Join(h.root, p) }
+
+func (h *host) remove(paths ...string) {
+	h.t.Helper()
+	for _, p := range paths {
+		if err := os.RemoveAll(h.path(p)); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+}
+
+// replace edits a file as libvirt does: by renaming another over it.
+func (h *host) replace(path, old, new string) {
+	h.t.Helper()
+	b := read(h.t, h.path(path))
+	if !bytes.Contains(b, []byte(old)) {
+		h.t.Fatalf("%s: no %q", path, old)
+	}
+	b = bytes.ReplaceAll(b, []byte(old), []byte(new))
+	if err := os.WriteFile(h.path(path+".new"), b, 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.Rename(h.path(path+".new"), h.path(path)); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *host) refresh() {
+	h.t.Helper()
+	if err := h.Refresh(); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// expect looks a process up and compares all but the time.
+func (h *host) expect(p snapshot.Process, comm string, want Domain, known bool) {
+	h.t.Helper()
+	got, ok := h.Lookup(p, comm)
+	got.Seen = time.Time{}
+	if diff := cmp.Diff(want, got); diff != "" || ok != known {
+		h.t.Errorf("Lookup(%v) known %v, want %v (-want +got)\n%s", p, ok, known, diff)
+	}
+}
+
+// said returns a Libvirt that has listed records and is as err tells.
+func said(err error, r ...record) *Libvirt {
+	l := NewLibvirt("test:")
+	l.listing.Store(&listing{records: r, at: time.Unix(500, 0), err: err})
+	return l
+}
+
+func TestDomains(t *testing.T) {
+	now, listed := time.Unix(1000, 0), time.Unix(500, 0)
+	byHand := []Domain{
+		{Name: "old style", UUID: uuidOld, TGID: 250, Start: 4380 * tick, State: Running, Source: "proc", VCPUs: map[int]int{253: 0}, Seen: now},
+		{Name: "plain", TGID: 241, Start: 4273 * tick, State: Running, Source: "proc", VCPUs: map[int]int{244: 0}, Seen: now},
+	}
+	guests := func(source string, paused State) []Domain {
+		return []Domain{
+			{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, State: Running, Source: source, VCPUs: map[int]int{206: 0, 207: 1}, Seen: now},
+			{ID: id(2), Name: "vm10", UUID: uuid10, TGID: 214, Start: vm10Start, State: paused, Source: source, VCPUs: map[int]int{219: 0}, Seen: now},
+			{ID: id(3), Name: web, UUID: uuidWeb, TGID: 224, Start: webStart, State: Running, Source: source, VCPUs: map[int]int{229: 0}, Seen: now},
+		}
+	}
+	anonymous := func() []Domain {
+		ds := guests("proc", Running)
+		for i := range ds {
+			ds[i].ID = nil
+		}
+		return ds
+	}
+	noVCPUs := func(lists ...[]Domain) []Domain {
+		var ds []Domain
+		for _, l := range lists {
+			for _, d := range l {
+				d.VCPUs = nil
+				ds = append(ds, d)
+			}
+		}
+		return ds
+	}
+	join := func(lists ...[]Domain) (ds []Domain) {
+		for _, l := range lists {
+			ds = append(ds, l...)
+		}
+		return ds
+	}
+	idle := []Domain{{Name: "idle", UUID: uuidIdle, State: ShutOff, Source: "libvirt", Seen: listed}}
+	unpaused := append([]record{records[0], {id(2), "vm10", uuid10, Running, true}}, records[2:]...)
+	down := errors.New("down")
+
+	for _, test := range []struct {
+		name    string
+		libvirt *Libvirt
+		remove  []string
+		want    []Domain
+	}{
+		{"no libvirt", nil, nil, join(byHand, guests("rundir", Paused))},
+		{"not connected yet", NewLibvirt("test:"), nil, join(byHand, guests("rundir", Paused))},
+		{"libvirt", said(nil, records...), nil, join(idle, byHand, guests("libvirt", Paused))},
+		{"libvirt's state before the file's", said(nil, unpaused...), nil, join(idle, byHand, guests("libvirt", Running))},
+		{"unless it does not answer", said(down, unpaused...), nil, join(idle, byHand, guests("libvirt", Paused))},
+		{"libvirt, no run directory", said(nil, records...), []string{"run"}, join(idle, byHand, guests("libvirt", Paused))},
+		{"arguments only", nil, []string{"run"}, join(byHand, anonymous())},
+		{"no debugfs", nil, []string{"run", "sys/kernel"}, noVCPUs(byHand, anonymous())},
+		{"no KVM", nil, []string{"sys"}, guests("rundir", Paused)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := newHost(t, test.libvirt)
+			h.remove(test.remove...)
+			h.refresh()
+			if diff := cmp.Diff(test.want, h.Domains()); diff != "" {
+				t.Errorf("(-want +got)\n%s", diff)
+			}
+		})
+	}
+}
+
+// A name goes to one process only, and to the right one.
+func TestJoin(t *testing.T) {
+	const file = "run/libvirt/qemu/vm1.xml"
+	vm1Record := record{id(1), "vm1", uuid1, Paused, true}
+	for _, test := range []struct {
+		name    string
+		records []record
+		change  func(*host)
+		want    string // source of vm1
+		others  int    // domains of libvirt that have no process
+	}{
+		{"equal", []record{vm1Record}, nil, "libvirt", 0},
+		{"another uuid", []record{{id(1), "vm1", uuid10, Running, true}}, nil, "rundir", 1},
+		{"longer name", []record{{id(1), "vm10", uuid1, Running, true}}, nil, "rundir", 1},
+		{"shorter name", []record{{id(1), "vm", uuid1, Running, true}}, nil, "rundir", 1},
+		{"an earlier run", []record{{id(9), "vm1", uuid1, Running, true}}, nil, "rundir", 0},
+		{"not running", []record{{nil, "vm1", uuid1, ShutOff, true}}, nil, "rundir", 0},
+		{"arguments", []record{vm1Record}, func(h *host) { h.remove(file) }, "libvirt", 0},
+		{"copied arguments", []record{vm1Record}, func(h *host) {
+			h.replace("proc/250/cmdline", uuidOld, uuid1)
+			h.replace("proc/250/cmdline", "old style", "vm1")
+		}, "libvirt", 0},
+		{"copied arguments, no run directory", []record{vm1Record}, func(h *host) {
+			h.remove(file)
+			h.replace("proc/250/cmdline", uuidOld, uuid1)
+			h.replace("proc/250/cmdline", "old style", "vm1")
+		}, "proc", 0},
+		{"file of another guest", []record{vm1Record}, func(h *host) {
+			h.remove("run/libvirt/qemu/vm10.xml")
+			h.replace(file, "pid='201'", "pid='214'")
+		}, "libvirt", 0},
+		{"file of a session", []record{vm1Record}, func(h *host) {
+			if err := os.MkdirAll(h.path("run/user/1000/libvirt/qemu/run"), 0o700); err != nil {
+				h.t.Fatal(err)
+			}
+			if err := os.Rename(h.path(file), h.path("run/user/1000/libvirt/qemu/run/vm1.xml")); err != nil {
+				h.t.Fatal(err)
+			}
+		}, "libvirt", 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := newHost(t, said(nil, test.records...))
+			if test.change != nil {
+				test.change(h)
+			}
+			h.refresh()
+			got, _ := h.Lookup(vm1, "")
+			if got.Name != "vm1" || got.UUID != uuid1 || got.Source != test.want {
+				t.Errorf("%+v, want source %q", got, test.want)
+			}
+			others := 0
+			for _, d := range h.Domains() {
+				if d.TGID == 0 {
+					others++
+				}
+				if d.TGID != 201 && d.Source == "libvirt" && d.TGID != 0 {
+					t.Errorf("libvirt's name went to %+v", d)
+				}
+			}
+			if others != test.others {
+				t.Errorf("%d domains without a process, want %d: %+v", others, test.others, h.Domains())
+			}
+		})
+	}
+}
+
+func TestRenamedInPlace(t *testing.T) {
+	l := NewLibvirt("test:")
+	h := newHost(t, l)
+	h.remove("run")
+	want := Domain{Name: "qemu-201", TGID: 201, Start: vm1Start, State: Running, Source: "process"}
+	h.expect(vm1, "qemu", want, false)
+	h.Learn(201)
+	want.Name, want.UUID, want.Source = "vm1", uuid1, "proc"
+	h.expect(vm1, "qemu", want, true)
+	h.refresh()
+	want.VCPUs = map[int]int{206: 0, 207: 1}
+	h.expect(vm1, "qemu", want, true)
+	l.listing.Store(&listing{records: records})
+	want.ID, want.Source = id(1), "libvirt"
+	h.expect(vm1, "qemu", want, true)
+	l.listing.Store(&listing{records: records, err: errors.New("down")})
+	h.expect(vm1, "qemu", want, true)
+}
+
+func TestDeath(t *testing.T) {
+	h := newHost(t, said(nil, records...))
+	h.refresh()
+	h.Lookup(vm1, "")
+	h.remove("proc/201", "proc/214", "sys/kernel/debug/kvm/201-9", "sys/kernel/debug/kvm/214-9")
+	h.refresh()
+	last := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}}
+	h.expect(vm1, "", last, true)
+	for _, d := range h.Domains() {
+		if d.TGID == 201 || d.TGID == 214 {
+			t.Errorf("dead, but listed: %+v", d)
+		}
+	}
+
+	h.time = h.time.Add(time.Hour)
+	h.refresh()
+	h.expect(vm1, "", last, true)
+	vm10 := snapshot.Process{TGID: 214, Start: vm10Start}
+	h.expect(vm10, "qemu", Domain{Name: "qemu-214", TGID: 214, Start: vm10Start, State: Running, Source: "process"}, false)
+	h.Forget(vm1)
+	h.Forget(vm10)
+	h.expect(vm1, "qemu", Domain{Name: "qemu-201", TGID: 201, Start: vm1Start, State: Running, Source: "process"}, false)
+}
+
+// A guest dies while libvirt does not answer, so that libvirt still lists it.
+func TestDeathUnheard(t *testing.T) {
+	h := newHost(t, said(errors.New("down"), records...))
+	h.refresh()
+	h.remove("proc/201", "proc/224")
+	h.refresh()
+	got := make(map[string]Domain)
+	for _, d := range h.Domains() {
+		got[d.Name] = d
+	}
+	if d := got["vm1"]; d.State != ShutOff || d.ID != nil || d.Source != "libvirt" {
+		t.Errorf("persistent: %+v", d)
+	}
+	if d, ok := got[web]; ok {
+		t.Errorf("transient: %+v", d)
+	}
+}
+
+// libvirt forgets a guest, in its files and its list, before the process dies.
+func TestSlowDeath(t *testing.T) {
+	l := said(nil, records...)
+	h := newHost(t, l)
+	h.refresh()
+	h.Lookup(vm1, "")
+	h.remove("run")
+	l.listing.Store(&listing{})
+	h.refresh()
+	h.expect(vm1, "", Domain{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, State: Running, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}}, true)
+}
+
+// libvirt's state counts until it owes an answer for too long.
+func TestStateWhenHung(t *testing.T) {
+	l := said(nil, record{id(2), "vm10", uuid10, Running, true})
+	h := newHost(t, l)
+	h.refresh()
+	vm10 := snapshot.Process{TGID: 214, Start: vm10Start}
+	if d, _ := h.Lookup(vm10, ""); d.State != Running {
+		t.Errorf("%+v", d)
+	}
+	since := time.Now().Add(-patience)
+	l.waiting.Store(&since)
+	if d, _ := h.Lookup(vm10, ""); d.State != Paused || d.Source != "libvirt" {
+		t.Errorf("%+v", d)
+	}
+}
+
+// The kernel says that a process is a guest; nothing else does.
+func TestLookedUpOnly(t *testing.T) {
+	h := newHost(t, nil)
+	p := snapshot.Process{TGID: 133, Start: 488 * tick}
+	want := Domain{Name: "x-133", TGID: 133, Start: 488 * tick, State: Running, Source: "process"}
+	h.expect(p, "x", want, false)
+	h.refresh()
+	want.Name = "libvirtd-133"
+	h.expect(p, "x", want, true)
+}
+
+// A guest's last exits may be heard of after it died.
+func TestDeathBeforeLookup(t *testing.T) {
+	h := newHost(t, nil)
+	h.refresh()
+	h.remove("proc/201", "run/libvirt/qemu/vm1.xml")
+	h.refresh()
+	h.time = h.time.Add(linger / 2)
+	h.refresh()
+	h.expect(vm1, "", Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "rundir", VCPUs: map[int]int{206: 0, 207: 1}}, true)
+}
+
+func TestTooBrief(t *testing.T) {
+	h := newHost(t, nil)
+	brief := snapshot.Process{TGID: 300, Start: 5 * tick}
+	h.Learn(300)
+	h.expect(brief, "guest) x", Domain{Name: "guest) x-300", TGID: 300, Start: 5 * tick, State: Running, Source: "process"}, false)
+	h.refresh()
+	h.expect(brief, "", Domain{Name: "guest) x-300", State: ShutOff, Source: "process"}, true)
+}
+
+func TestReusedPID(t *testing.T) {
+	later := snapshot.Process{TGID: 201, Start: 9999 * tick}
+	reuse := func(h *host, cmdline string) {
+		h.replace("proc/201/stat", " 2226 ", " 9999 ")
+		if err := os.WriteFile(h.path("proc/201/cmdline"), []byte(cmdline), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "rundir", VCPUs: map[int]int{206: 0, 207: 1}}
+
+	t.Run("by a guest", func(t *testing.T) {
+		h := newHost(t, nil)
+		h.refresh()
+		h.Lookup(vm1, "")
+		reuse(h, "qemu\x00-name\x00new\x00") // vm1.xml is still there
+		h.refresh()
+		h.expect(vm1, "", old, true)
+		h.expect(later, "", Domain{Name: "new", TGID: 201, Start: later.Start, State: Running, Source: "proc", VCPUs: map[int]int{206: 0, 207: 1}}, true)
+	})
+	t.Run("by another process", func(t *testing.T) {
+		h := newHost(t, nil)
+		h.refresh()
+		h.Lookup(vm1, "")
+		h.remove("sys/kernel/debug/kvm/201-9")
+		reuse(h, "sleep\x00")
+		h.refresh()
+		h.expect(vm1, "", old, true)
+		for _, d := range h.Domains() {
+			if d.TGID == 201 {
+				t.Errorf("not a guest: %+v", d)
+			}
+		}
+	})
+	t.Run("one tick apart", func(t *testing.T) {
+		h := newHost(t, nil)
+		h.refresh()
+		if d, known := h.Lookup(snapshot.Process{TGID: 201, Start: vm1Start + tick}, "x"); known || d.Name != "x-201" {
+			t.Errorf("%+v known %v", d, known)
+		}
+	})
+}
+
+// libvirt died first, then its guests, then their process ids were reused.
+func TestStaleStatus(t *testing.T) {
+	h := newHost(t, nil)
+	h.remove("sys/kernel/debug/kvm/201-9")
+	h.replace("proc/201/cmdline", uuid1, uuidOld)
+	h.refresh()
+	for _, d := range h.Domains() {
+		if d.TGID == 201 {
+			t.Errorf("%+v", d)
+		}
+	}
+}
+
+func TestHotplug(t *testing.T) {
+	h := newHost(t, nil)
+	const file = "run/libvirt/qemu/vm1.xml"
+	written := time.Unix(900, 0) // twice within what the file system can tell
+	touch := func() {
+		if err := os.Chtimes(h.path(file), written, written); err != nil {
+			t.Fatal(err)
+		}
+	}
+	touch()
+	h.refresh()
+	h.replace(file, "<vcpu id='1' pid='207'/>", "<vcpu id='1' pid='207'/><vcpu id='2' pid='299'/>")
+	touch()
+	h.refresh()
+	got, _ := h.Lookup(vm1, "")
+	if diff := cmp.Diff(map[int]int{206: 0, 207: 1, 299: 2}, got.VCPUs); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+}
+
+// A thread that is not the first may have made the virtual machine.
+func TestMadeByThread(t *testing.T) {
+	h := newHost(t, nil)
+	h.remove("run", "sys/kernel/debug/kvm/201-9")
+	if err := os.MkdirAll(h.path("sys/kernel/debug/kvm/209-9"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(h.path("proc/209"), os.DirFS(h.path("proc/201"))); err != nil {
+		t.Fatal(err)
+	}
+	h.replace("proc/209/stat", " 2226 ", " 2300 ")
+	h.refresh()
+	var got []int
+	for _, d := range h.Domains() {
+		if d.Name == "vm1" {
+			got = append(got, d.TGID)
+		}
+	}
+	if diff := cmp.Diff([]int{201}, got); diff != "" {
+		t.Errorf("tgids of vm1 (-want +got)\n%s", diff)
+	}
+}
+
+// What cannot be read hides nothing else, and is no sign of death.
+func TestErrors(t *testing.T) {
+	h := newHost(t, nil)
+	h.refresh()
+	h.replace("run/libvirt/qemu/vm10.xml", "domstatus", "something")
+	h.replace("proc/201/stat", "(", "<")
+	err := h.Refresh()
+	if err == nil || !strings.Contains(err.Error(), "vm10.xml") || !strings.Contains(err.Error(), "process 201") {
+		t.Errorf("error %v names neither file nor process", err)
+	}
+	if n := len(h.Domains()); n != 5 {
+		t.Errorf("%d domains, want 5: %+v", n, h.Domains())
+	}
+}
+
+func TestEmptyRoot(t *testing.T) {
+	m := New(Config{Root: t.TempDir()})
+	if err := m.Refresh(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	if d := m.Domains(); len(d) != 0 {
+		t.Errorf("%+v", d)
+	}
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package vmmap tells which guest a process is: it maps the process that runs
+// vCPU threads to the domain that libvirt, libvirt's run directory, KVM's
+// debugfs or /proc know it as.
+//
+// Its sources, most trusted first:
+//
+//	libvirt   what a libvirt daemon lists, over a read-only connection
+//	rundir    the files that libvirt keeps while a guest runs
+//	proc      the arguments that a process was started with
+//	process   the process itself: its name and its id
+//
+// libvirt tells no process id, so what it lists is joined to a process by the
+// uuid and name that the run directory or the arguments state. Arguments are
+// parsed, never searched. Only libvirt can be slow or hang, and it is called
+// by [Libvirt.Run] alone: nothing else here waits for it.
+package vmmap
+
+import "time"
+
+// Domain is a guest. A guest that libvirt does not know is a domain too, named
+// after its process.
+type Domain struct {
+	ID     *int        // libvirt's id; nil when not running under libvirt
+	Name   string      // libvirt's name, or that in the arguments, or "<comm>-<tgid>"
+	UUID   string      // lower case with dashes; empty when unknown
+	TGID   int         // 0 when not running
+	Start  uint64      // of the process: nanoseconds of CLOCK_BOOTTIME, in /proc's precision (10 ms); 0 when not running
+	State  State       // [ShutOff] once the process has died
+	Source string      // what named it: "libvirt", "rundir", "proc", "process"
+	VCPUs  map[int]int // tid -> vCPU number: libvirt's from the run directory, else KVM's from debugfs; nil when neither knows
+	Seen   time.Time   // when this was last known to be true
+}
+
+// State is a domain's state in libvirt's words.
+type State string
+
+// The states that virsh prints.
+const (
+	Running   State = "running"
+	Idle      State = "idle"
+	Paused    State = "paused"
+	Shutdown  State = "in shutdown"
+	ShutOff   State = "shut off"
+	Crashed   State = "crashed"
+	Suspended State = "pmsuspended"
+	Unknown   State = "no state"
+)
