@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"github.com/spf13/viper"
+	"go.yaml.in/yaml/v3"
+
+	"virtexit/internal/api"
+	"virtexit/internal/daemon"
+	"virtexit/internal/ledger"
+	"virtexit/internal/source"
+)
+
+const defaultConfig = "/etc/virtexit/virtexitd.yaml"
+
+// config is what an administrator can set.
+type config struct {
+	on         bool
+	level      source.Level
+	interval   time.Duration
+	retention  ledger.Retention
+	socket     string
+	group      string // empty: root alone reads
+	adminGroup string // empty: root alone switches
+	libvirtURI string
+	replay     string // a recording to read instead of the kernel module
+	logLevel   slog.Level
+}
+
+// defaults holds every key with its value as one writes it.
+var defaults = map[string]string{
+	"collection":      "on",
+	"level":           "time",
+	"interval":        "1s",
+	"retention":       "1h",
+	"retention_count": "1000",
+	"collector":       "auto",
+	"socket":          api.DefaultSocket,
+	"group":           "libvirt",
+	"admin_group":     "",
+	"libvirt_uri":     "qemu:///system",
+	"log_level":       "info",
+}
+
+// flagKeys holds the keys that have a flag.
+var flagKeys = map[string]string{"socket": "socket", "log_level": "log-level"}
+
+// load makes the configuration out of flags, VIRTEXIT_<KEY> in the environment,
+// and the file, the first of these that sets a key. A file that was not asked
+// for may be missing.
+func load(file string, required bool, flags *pflag.FlagSet) (config, error) {
+	data, err := os.ReadFile(file)
+	if err != nil && (required || !errors.Is(err, fs.ErrNotExist)) {
+		return config{}, err // names the file
+	}
+	settings, err := parse(data)
+	if err != nil {
+		return config{}, fmt.Errorf("%s: %w", file, err)
+	}
+	v := viper.New()
+	v.SetEnvPrefix("virtexit")
+	for key, value := range defaults {
+		v.SetDefault(key, value)
+		if err := v.BindEnv(key); err != nil {
+			return config{}, err
+		}
+	}
+	for key, flag := range flagKeys {
+		if err := v.BindPFlag(key, flags.Lookup(flag)); err != nil {
+			return config{}, err
+		}
+	}
+	if err := v.MergeConfigMap(settings); err != nil {
+		return config{}, fmt.Errorf("%s: %w", file, err)
+	}
+	return decode(v)
+}
+
+// parse reads a file's keys. viper alone would let an unknown key pass that has
+// no value.
+func parse(data []byte) (map[string]any, error) {
+	var settings map[string]any
+	if err := yaml.Unmarshal(data, &settings); err != nil {
+		return nil, err
+	}
+	for _, key := range slices.Sorted(maps.Keys(settings)) {
+		if _, ok := defaults[key]; !ok {
+			return nil, fmt.Errorf("unknown key %q: known are %s", key, strings.Join(slices.Sorted(maps.Keys(defaults)), ", "))
+		}
+	}
+	return settings, nil
+}
+
+// decode turns the settings into a config.
+func decode(v *viper.Viper) (config, error) {
+	var c config
+	for _, key := range slices.Sorted(maps.Keys(defaults)) {
+		value, err := word(v.Get(key))
+		if err != nil {
+			return c, fmt.Errorf("%s: %w", key, err)
+		}
+		if allowed := c.set(key, value); allowed != "" {
+			return c, fmt.Errorf("%s: %q is not valid: %s", key, value, allowed)
+		}
+	}
+	return c, nil
+}
+
+// word gives a value as one writes it, also a number or a truth value.
+func word(value any) (string, error) {
+	switch value.(type) {
+	case nil:
+		return "", nil
+	case string, bool, int, int64, uint64, float64:
+		return fmt.Sprint(value), nil
+	}
+	return "", fmt.Errorf("%v is not valid: a single value is wanted", value)
+}
+
+// set sets a key. When the value is not valid it says what is.
+func (c *config) set(key, value string) (allowed string) {
+	var err error
+	switch key {
+	case "collection":
+		c.on = value == "on"
+		if !c.on && value != "off" {
+			return "on and off are allowed"
+		}
+	case "level":
+		if c.level, err = daemon.ParseLevel(value); err != nil {
+			return "count and time are allowed"
+		}
+	case "interval":
+		if c.interval, err = time.ParseDuration(value); err != nil || c.interval < 100*time.Millisecond || c.interval > time.Hour {
+			return "a duration from 100ms to 1h is allowed"
+		}
+	case "retention":
+		if c.retention.Age, err = time.ParseDuration(value); err != nil || c.retention.Age < 0 {
+			return "a duration is allowed, such as 30m"
+		}
+	case "retention_count":
+		if c.retention.Count, err = strconv.Atoi(value); err != nil || c.retention.Count < 0 {
+			return "a number of domains is allowed"
+		}
+	case "collector":
+		name, file, recorded := strings.Cut(value, ":")
+		switch {
+		case recorded && name == "replay" && file != "":
+			c.replay = file
+		case value != "auto" && value != "kmod":
+			return "auto, kmod and replay:FILE are allowed"
+		}
+	case "socket":
+		c.socket = value
+		// The kernel's sockaddr_un has room for 107 bytes and a NUL.
+		if !filepath.IsAbs(value) || len(value) > 107 || strings.ContainsRune(value, 0) {
+			return "an absolute path of at most 107 bytes is allowed"
+		}
+	case "group":
+		c.group = value
+	case "admin_group":
+		c.adminGroup = value
+	case "libvirt_uri":
+		c.libvirtURI = cmp.Or(value, defaults[key])
+	case "log_level":
+		if c.logLevel, err = parseLogLevel(value); err != nil {
+			return "debug, info, warn and error are allowed"
+		}
+	}
+	return ""
+}
+
+func parseLogLevel(word string) (slog.Level, error) {
+	for _, l := range []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
+		if strings.ToLower(l.String()) == word {
+			return l, nil
+		}
+	}
+	return 0, errors.New("unknown")
+}

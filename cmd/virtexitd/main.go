@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command virtexitd collects the VM exits of this host's guests and answers
+// on a unix socket.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"os/user"
+	"time"
+
+	systemd "github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"virtexit/internal/api/server"
+	"virtexit/internal/daemon"
+	"virtexit/internal/source"
+	"virtexit/internal/source/kmod"
+	"virtexit/internal/source/replay"
+	"virtexit/vmmap"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run is the program. It returns 2 for what the caller got wrong.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	flags := pflag.NewFlagSet("virtexitd", pflag.ContinueOnError)
+	flags.SetOutput(io.Discard) // errors are printed once, below
+	flags.SortFlags = false
+	file := flags.String("config", defaultConfig, "configuration `FILE`")
+	flags.String("socket", defaults["socket"], "listen on the unix socket `PATH`")
+	flags.String("log-level", defaults["log_level"], "log messages of `LEVEL` and above: debug, info, warn, error")
+	showVersion := flags.Bool("version", false, "print the version")
+	usage := func(err error) int {
+		fmt.Fprintf(stderr, "error: %v\n", err)
+		return 2
+	}
+	switch err := flags.Parse(args); {
+	case errors.Is(err, pflag.ErrHelp):
+		fmt.Fprintf(stdout, "Usage: virtexitd [OPTION...]\n\nCollects the VM exits of this host's guests.\n\n%s", flags.FlagUsages())
+		return 0
+	case err != nil:
+		return usage(err)
+	case flags.NArg() > 0:
+		return usage(fmt.Errorf("unexpected argument %q", flags.Arg(0)))
+	case *showVersion:
+		fmt.Fprintln(stdout, "virtexitd", version)
+		return 0
+	}
+	c, err := load(*file, flags.Changed("config"), flags)
+	if err != nil {
+		return usage(err)
+	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.logLevel}))
+	if err := serve(ctx, c, log); err != nil {
+		fmt.Fprintf(stderr, "error: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+// serve collects and answers until ctx ends.
+func serve(ctx context.Context, c config, log *slog.Logger) error {
+	socket, err := listen(c, log)
+	if err != nil {
+		return err
+	}
+	libvirt := vmmap.NewLibvirt(c.libvirtURI)
+	d := daemon.New(daemon.Config{
+		Open:       opener(c),
+		Identities: vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now}),
+		Libvirt:    libvirt,
+		On:         c.on,
+		Level:      c.level,
+		Interval:   c.interval,
+		Retention:  c.retention,
+		BootTime:   bootTime,
+		Kernel:     kernelRelease(),
+		Version:    version,
+		Log:        log,
+	})
+	notify := func(state string) {
+		if _, err := systemd.SdNotify(false, state); err != nil {
+			log.Warn("notifying systemd", "state", state, "error", err)
+		}
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		d.Run(ctx)
+		return nil
+	})
+	g.Go(func() error {
+		return server.New(d, server.Options{AdminGroup: c.adminGroup}).Serve(ctx, socket)
+	})
+	g.Go(func() error {
+		watchdog(ctx, d, notify)
+		return nil
+	})
+	log.Info("listening", "socket", c.socket, "version", version)
+	notify(systemd.SdNotifyReady)
+	<-ctx.Done()
+	notify(systemd.SdNotifyStopping)
+	return g.Wait()
+}
+
+// listen creates the socket. On a host without the group that is to read, root
+// alone does.
+func listen(c config, log *slog.Logger) (net.Listener, error) {
+	socket, err := server.Listen(c.socket, c.group)
+	var unknown user.UnknownGroupError
+	if errors.As(err, &unknown) {
+		log.Warn("no such group: root alone can read", "group", c.group)
+		return server.Listen(c.socket, "")
+	}
+	return socket, err
+}
+
+// opener returns what opens the configured collector.
+func opener(c config) func() (source.Source, error) {
+	if c.replay == "" {
+		return func() (source.Source, error) {
+			src, err := kmod.Open()
+			if errors.Is(err, source.ErrUnavailable) {
+				return nil, fmt.Errorf("virtexit.ko is not loaded: modprobe virtexit (%w)", err)
+			}
+			if err != nil {
+				return nil, err // not a source that is a nil pointer
+			}
+			return src, nil
+		}
+	}
+	played := false
+	return func() (source.Source, error) {
+		if played { // a second time its exits would be counted twice
+			return nil, fmt.Errorf("the recording %s has ended", c.replay)
+		}
+		src, err := replay.Open(c.replay)
+		if err != nil {
+			return nil, err
+		}
+		played = true
+		return src, nil
+	}
+}
+
+// watchdog tells systemd that the daemon lives, as long as it answers.
+func watchdog(ctx context.Context, d *daemon.Daemon, notify func(string)) {
+	interval, err := systemd.SdWatchdogEnabled(false)
+	if err != nil || interval == 0 {
+		return
+	}
+	ticker := time.NewTicker(interval / 3)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			d.Status()
+			notify(systemd.SdNotifyWatchdog)
+		}
+	}
+}
+
+// bootTime is CLOCK_BOOTTIME, which the kernel gives start times in.
+func bootTime() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		panic(err) // Linux has had it since 2.6.39
+	}
+	return time.Duration(t.Nano())
+}
+
+func kernelRelease() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		panic(err) // the only failure is a bad address
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}

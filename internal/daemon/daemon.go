@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package daemon makes the parts one: it keeps a collector open, enters its
+// snapshots in the ledger, and answers from there. All goroutines and all
+// clocks are here.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"virtexit/internal/ledger"
+	"virtexit/internal/snapshot"
+	"virtexit/internal/source"
+	"virtexit/vmmap"
+)
+
+var errNoKVM = errors.New("KVM is not loaded: collection begins when it is")
+
+const (
+	retryEvery    = time.Second            // to open a collector
+	settle        = 100 * time.Millisecond // events that follow each other share a snapshot
+	identifyEvery = 5 * time.Second        // without an event
+)
+
+// Identities tells which domain a process is; see vmmap.Map.
+type Identities interface {
+	Refresh() error
+	Learn(tgid int)
+	Lookup(p snapshot.Process, comm string) (d vmmap.Domain, known bool)
+	Forget(p snapshot.Process)
+	Domains() []vmmap.Domain
+}
+
+// Libvirt is a connection that names domains; see vmmap.Libvirt.
+type Libvirt interface {
+	Run(context.Context) error
+	Status() vmmap.LibvirtStatus
+}
+
+// Config is what a Daemon is made of.
+type Config struct {
+	Open       func() (source.Source, error)
+	Identities Identities
+	Libvirt    Libvirt // may be nil
+	On         bool    // collect from the start
+	Level      source.Level
+	Interval   time.Duration // from one snapshot to the next
+	Retention  ledger.Retention
+	BootTime   func() time.Duration // CLOCK_BOOTTIME
+	Kernel     string               // release
+	Version    string
+	Log        *slog.Logger
+}
+
+// Daemon collects while Run runs. Its other methods may be called at any time,
+// from any goroutine; none waits for libvirt.
+type Daemon struct {
+	config   Config
+	started  time.Time
+	identify chan struct{} // asks for a refresh of the identities
+
+	mu      sync.Mutex // guards what follows, and the order of snapshots
+	source  source.Source
+	problem error        // why source is nil, or what is wrong with it
+	level   source.Level // wished for
+	ledger  *ledger.Ledger
+	view    *ledger.View    // the latest
+	period  [2]*ledger.View // at the beginning and the end of the latest full period
+}
+
+// New returns a Daemon that collects nothing before Run.
+func New(c Config) *Daemon {
+	d := &Daemon{
+		config:   c,
+		started:  time.Now(),
+		identify: make(chan struct{}, 1),
+		problem:  errors.New("starting"),
+		ledger:   ledger.New(c.Retention),
+	}
+	if c.On {
+		d.level = c.Level
+	}
+	d.view = d.ledger.View()
+	d.period = [2]*ledger.View{d.view, d.view}
+	return d
+}
+
+// Run collects until ctx ends, and then gives up its wish that the kernel
+// count. A collector that is absent or goes away is tried for ever.
+func (d *Daemon) Run(ctx context.Context) {
+	var others sync.WaitGroup
+	defer others.Wait()
+	others.Go(func() { d.keepIdentities(ctx) })
+	if d.config.Libvirt != nil {
+		others.Go(func() { d.config.Libvirt.Run(ctx) }) // ends with ctx and for no other reason
+	}
+	for ctx.Err() == nil {
+		if src, err := d.config.Open(); err != nil {
+			d.fail(err)
+		} else {
+			d.fail(d.collect(ctx, src))
+		}
+		wait(ctx, retryEvery)
+	}
+}
+
+// collect serves one open collector until it fails or ctx ends.
+func (d *Daemon) collect(ctx context.Context, src source.Source) error {
+	defer func() {
+		if err := src.Close(); err != nil {
+			d.config.Log.Warn("closing the collector", "error", err)
+		}
+	}()
+	if err := d.attach(src); err != nil {
+		return err
+	}
+	defer d.detach()
+	period := time.NewTicker(d.config.Interval)
+	defer period.Stop()
+	var settled <-chan time.Time // not nil: events have come since the last snapshot
+	learnt := make(map[int]bool) // since then
+	events := src.Events()
+	for {
+		var err error
+		select {
+		case <-ctx.Done():
+			return nil
+		case e, ok := <-events:
+			if !ok {
+				return source.ErrGone
+			}
+			if e.Kind == source.VCPUNew && !learnt[e.Process] {
+				// At once: the process may not live until the next refresh.
+				d.config.Identities.Learn(e.Process)
+				learnt[e.Process] = true
+			}
+			if settled == nil {
+				settled = time.After(settle)
+			}
+			continue
+		case <-settled:
+			settled = nil
+			clear(learnt)
+			d.refresh()
+			err = d.sample()
+		case <-period.C:
+			err = d.endPeriod()
+		}
+		if errors.Is(err, source.ErrGone) || errors.Is(err, ledger.ErrInconsistent) {
+			return err
+		}
+	}
+}
+
+// attach makes src the collector.
+func (d *Daemon) attach(src source.Source) error {
+	info, err := src.Info()
+	if err != nil {
+		return fmt.Errorf("collector: %w", err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.level != source.Off {
+		if err := src.SetLevel(d.level); err != nil {
+			return fmt.Errorf("collector: setting the level: %w", err)
+		}
+	}
+	d.ledger.Reopen()
+	d.source, d.problem = src, nil
+	d.config.Log.Info("collector opened", "collector", info.Collector, "version", info.Version, "isa", info.ISA)
+	return d.sampleLocked()
+}
+
+// detach lets go of the collector, before it is closed.
+func (d *Daemon) detach() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.source, d.problem = nil, source.ErrGone
+}
+
+// fail remembers and logs why there is no collector.
+func (d *Daemon) fail(err error) {
+	if err == nil {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.problem == nil || d.problem.Error() != err.Error() {
+		d.config.Log.Warn("not collecting", "problem", err)
+	}
+	d.source, d.problem = nil, err
+}
+
+// sample takes a snapshot and enters it in the ledger.
+func (d *Daemon) sample() error {
+	asked := d.now()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.source != nil && d.view.Time > asked {
+		return nil // someone else's, begun after we asked
+	}
+	return d.sampleLocked()
+}
+
+func (d *Daemon) sampleLocked() error {
+	if d.source == nil {
+		return d.problem
+	}
+	now := d.now()
+	snap, err := d.source.Snapshot()
+	if err != nil {
+		return d.trouble(fmt.Errorf("snapshot: %w", err))
+	}
+	release, err := d.ledger.Apply(snap, now)
+	if err != nil {
+		return d.trouble(err)
+	}
+	d.problem = nil
+	d.view = d.ledger.View()
+	if len(release) > 0 {
+		// What can't be released now is asked for again at the next snapshot.
+		if err := d.source.Release(release); err != nil {
+			d.config.Log.Debug("releasing slots", "error", err)
+		}
+	}
+	return nil
+}
+
+// trouble remembers and logs what is wrong with the open collector.
+func (d *Daemon) trouble(err error) error {
+	if d.problem == nil || d.problem.Error() != err.Error() {
+		d.config.Log.Error("collecting", "problem", err)
+	}
+	d.problem = err
+	return err
+}
+
+// endPeriod takes the snapshot that rates are made of, and tidies up.
+func (d *Daemon) endPeriod() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.sampleLocked(); err != nil {
+		return err
+	}
+	// Memory can be read when nobody writes it any more: ask whether it is.
+	if _, err := d.source.Info(); err != nil {
+		return d.trouble(fmt.Errorf("%w: %w", source.ErrGone, err))
+	}
+	forgotten := d.ledger.Expire(func(p snapshot.Process) bool {
+		domain, known := d.config.Identities.Lookup(p, "")
+		return known && domain.TGID != 0
+	})
+	for _, p := range forgotten {
+		d.config.Identities.Forget(p)
+	}
+	if len(forgotten) > 0 {
+		d.view = d.ledger.View()
+	}
+	d.period = [2]*ledger.View{d.period[1], d.view}
+	for p, total := range d.view.Processes {
+		if _, known := d.config.Identities.Lookup(p, total.Comm); !known && total.Live {
+			d.refresh()
+			break
+		}
+	}
+	return nil
+}
+
+// refresh asks keepIdentities for a refresh, and does not wait for it.
+func (d *Daemon) refresh() {
+	select {
+	case d.identify <- struct{}{}:
+	default: // asked for already
+	}
+}
+
+// keepIdentities refreshes the identities when asked to, and now and then.
+func (d *Daemon) keepIdentities(ctx context.Context) {
+	ticker := time.NewTicker(identifyEvery)
+	defer ticker.Stop()
+	var last string
+	for {
+		var problem string
+		if err := d.config.Identities.Refresh(); err != nil {
+			problem = err.Error()
+		}
+		if problem != "" && problem != last {
+			d.config.Log.Warn("identifying domains", "problem", problem)
+		}
+		last = problem
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.identify:
+		case <-ticker.C:
+		}
+	}
+}
+
+// now is the ledger's time.
+func (d *Daemon) now() uint64 { return uint64(d.config.BootTime()) }
+
+// wait returns when t has passed or ctx has ended.
+func wait(ctx context.Context, t time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(t):
+	}
+}

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"virtexit/internal/api"
+	"virtexit/internal/exitreason"
+	"virtexit/internal/ledger"
+	"virtexit/internal/snapshot"
+	"virtexit/vmmap"
+)
+
+// list makes the domains of all processes in the view, and of those that took
+// no exit. pick chooses, from a process's total, what its counts are and what
+// its rates are made of.
+func (d *Daemon) list(view *ledger.View, pick func(*ledger.Total) (counts, rates *ledger.Total)) []api.Domain {
+	domains := make([]api.Domain, 0, len(view.Processes))
+	processes := make(map[snapshot.Process]bool)
+	uuids := make(map[string]bool)
+	for p, total := range view.Processes {
+		identity, known := d.config.Identities.Lookup(p, total.Comm)
+		if !known && !total.Live {
+			identity.TGID, identity.State = 0, vmmap.ShutOff
+		}
+		counts, rates := pick(total)
+		domains = append(domains, d.domain(view, identity, counts, rates))
+		processes[inProc(p)] = true
+		if identity.UUID != "" {
+			uuids[identity.UUID] = true
+		}
+	}
+	for _, identity := range d.config.Identities.Domains() {
+		switch {
+		case identity.TGID != 0 && processes[inProc(snapshot.Process{TGID: identity.TGID, Start: identity.Start})]:
+		case identity.TGID == 0 && identity.ID == nil && uuids[identity.UUID]: // the counts of its last run are known
+		default:
+			domains = append(domains, d.domain(view, identity, nil, nil))
+		}
+	}
+	return domains
+}
+
+// inProc is the process in the precision of /proc, where time passes in steps
+// of 10 ms.
+func inProc(p snapshot.Process) snapshot.Process {
+	p.Start -= p.Start % uint64(10*time.Millisecond)
+	return p
+}
+
+// choose returns the domains that the names mean, each once. Without names, it
+// returns all that run.
+func choose(domains []api.Domain, names []string) ([]api.Domain, error) {
+	var chosen []api.Domain
+	if len(names) == 0 {
+		for _, d := range domains {
+			if d.Running() {
+				chosen = append(chosen, d)
+			}
+		}
+		return chosen, nil
+	}
+	taken := make(map[*api.Domain]bool)
+	for _, name := range names {
+		d, err := api.Find(domains, name)
+		if err != nil {
+			return nil, err
+		}
+		if !taken[d] {
+			taken[d] = true
+			chosen = append(chosen, *d)
+		}
+	}
+	return chosen, nil
+}
+
+// domain makes the API's domain. counts and rates are nil for a domain that
+// was never counted.
+func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates *ledger.Total) api.Domain {
+	out := api.Domain{
+		ID:     identity.ID,
+		Name:   identity.Name,
+		TGID:   identity.TGID,
+		State:  string(identity.State),
+		Source: identity.Source,
+	}
+	if identity.UUID != "" {
+		out.UUID = &identity.UUID
+	}
+	if counts != nil {
+		since := d.wall(counts.Since)
+		out.Since = &since
+		out.SpanNS = int64(counts.Span)
+		out.Count = counts.Exits
+		out.Rate = perSecond(rates.Exits, rates.Span)
+		out.GuestNS = snapshot.NS(counts.GuestTime, view.TickHz)
+		out.Exits = exits(view, counts, rates)
+	}
+	out.VCPUs = vcpus(view, identity.VCPUs, counts, rates)
+	for _, v := range out.VCPUs {
+		out.GuestPct += v.GuestPct / float64(len(out.VCPUs))
+	}
+	return out
+}
+
+// vcpus returns the vCPUs by number: libvirt's where the thread is known to
+// libvirt, otherwise KVM's.
+func vcpus(view *ledger.View, numbers map[int]int, counts, rates *ledger.Total) []api.VCPU {
+	byID := make(map[int]*api.VCPU)
+	get := func(tid, id int) *api.VCPU {
+		if n, ok := numbers[tid]; ok {
+			id = n
+		}
+		v := byID[id]
+		if v == nil {
+			v = &api.VCPU{ID: id, TID: tid}
+			byID[id] = v
+		}
+		return v
+	}
+	if counts != nil {
+		for _, c := range counts.VCPUs {
+			v := get(c.TID, c.ID)
+			v.Exits += c.Exits
+			v.TimeNS += snapshot.NS(c.Time, view.TickHz)
+			v.GuestNS += snapshot.NS(c.GuestTime, view.TickHz)
+		}
+		for _, r := range rates.VCPUs {
+			v := get(r.TID, r.ID)
+			v.Rate += perSecond(r.Exits, rates.Span)
+			v.GuestPct += percent(snapshot.NS(r.GuestTime, view.TickHz), rates.Span)
+		}
+	}
+	for tid, n := range numbers { // those that took no exit
+		get(tid, n)
+	}
+	list := make([]api.VCPU, 0, len(byID))
+	for _, v := range byID {
+		list = append(list, *v)
+	}
+	slices.SortFunc(list, func(a, b api.VCPU) int { return cmp.Compare(a.ID, b.ID) })
+	return list
+}
+
+// exits returns the reasons, most frequent first.
+func exits(view *ledger.View, counts, rates *ledger.Total) []api.Exit {
+	list := make([]api.Exit, 0, len(counts.Rows))
+	for i := range counts.Rows {
+		r := &counts.Rows[i]
+		e := api.Exit{
+			ISA:    r.ISA.String(),
+			Code:   r.Code,
+			Reason: exitreason.Name(r.ISA, r.Code),
+			Count:  r.Count,
+			TimeNS: snapshot.NS(r.Time, view.TickHz),
+		}
+		if r.Other {
+			e.Code, e.Reason = 0, "other"
+		}
+		if counts.Exits > 0 {
+			e.Share = float64(r.Count) / float64(counts.Exits)
+		}
+		if now := rates.Find(r); now != nil {
+			e.Rate = perSecond(now.Count, rates.Span)
+		}
+		var timed uint64
+		for _, n := range r.Hist {
+			timed += n
+		}
+		if timed > 0 {
+			ns := func(ticks uint64) *uint64 {
+				ns := snapshot.NS(ticks, view.TickHz)
+				return &ns
+			}
+			quantile := func(q float64) *uint64 {
+				ticks, _ := r.Quantile(q)
+				return ns(ticks)
+			}
+			e.MeanNS, e.P50NS, e.P99NS, e.MaxNS = ns(r.Time/timed), quantile(0.5), quantile(0.99), ns(r.Max)
+		}
+		list = append(list, e)
+	}
+	slices.SortFunc(list, func(a, b api.Exit) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.ISA, b.ISA), cmp.Compare(a.Code, b.Code))
+	})
+	return list
+}
+
+func perSecond(n, span uint64) float64 {
+	if span == 0 {
+		return 0
+	}
+	return float64(n) * float64(time.Second) / float64(span)
+}
+
+func percent(part, span uint64) float64 {
+	if span == 0 {
+		return 0
+	}
+	return 100 * float64(part) / float64(span)
+}

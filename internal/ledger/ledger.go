@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package ledger turns snapshots of slots into totals of processes that never
+// go back. Who a process is, is not its concern. It reads no clock: times are
+// nanoseconds of CLOCK_BOOTTIME, durations that the kernel measured are ticks.
+package ledger
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"virtexit/internal/snapshot"
+)
+
+// ErrInconsistent says that a snapshot can't follow the one before: a count
+// went back, or exits that were counted are no longer accounted for.
+var ErrInconsistent = errors.New("counts are inconsistent")
+
+// Retention bounds how long a process that has ended is remembered.
+type Retention struct {
+	Age   time.Duration // after it was last counted
+	Count int           // processes; the latest are kept
+}
+
+// Ledger keeps totals. It is not safe for concurrent use.
+type Ledger struct {
+	keep      Retention
+	processes map[snapshot.Process]*process
+	slots     map[use]known // of the latest snapshot
+	spare     map[use]known // an empty one: saves an allocation at each snapshot
+	kernel    kernel
+	earlier   Totals // of collectors that were replaced
+	forgotten uint64 // exits of processes that are no longer remembered
+	reopened  bool
+	now       uint64
+	tickHz    uint64
+}
+
+// kernel is what the collector said about itself in the latest snapshot.
+type kernel struct {
+	exits, unattributed, refused, released uint64
+	gone                                   uint64 // of released, those that are in the ledger
+}
+
+func (k kernel) missed() uint64 { return k.released - k.gone }
+
+// use names one use of a slot for good. A collector that was loaded again
+// begins its generations anew, but time went on.
+type use struct {
+	id    snapshot.SlotID
+	since uint64
+}
+
+type known struct {
+	slot   *snapshot.Slot // nil when folded
+	exits  uint64
+	folded bool // in its process's base: waits to be released
+}
+
+type process struct {
+	base    Total            // of folded slots
+	live    []*snapshot.Slot // of the snapshot being entered
+	fresh   bool             // it brought new slots
+	since   uint64           // the earliest Since of those
+	changed bool             // base has changed since total was made
+	total   *Total           // base and the live slots; replaced, never changed
+	seen    uint64           // when it was last counted
+}
+
+// New returns an empty ledger.
+func New(keep Retention) *Ledger {
+	return &Ledger{
+		keep:      keep,
+		processes: make(map[snapshot.Process]*process),
+		slots:     make(map[use]known),
+		spare:     make(map[use]known),
+	}
+}
+
+// Reopen says that the next snapshot comes from a collector that was opened
+// anew. It may be the same one, which goes on counting, or one that began at
+// zero, and then what was counted so far is kept.
+func (l *Ledger) Reopen() { l.reopened = true }
+
+// Apply enters a snapshot taken at time now. It returns the retired slots,
+// whose counts the ledger has taken; until they are released it returns them
+// every time. A snapshot that fails with ErrInconsistent has changed nothing.
+func (l *Ledger) Apply(snap *snapshot.Snapshot, now uint64) (release []snapshot.SlotID, err error) {
+	next, k, err := l.follow(snap)
+	if err != nil && l.reopened {
+		// Not a continuation: another collector, which began at zero.
+		l.replace()
+		next, k, err = l.follow(snap)
+	}
+	if err != nil {
+		return nil, err
+	}
+	for u, old := range l.slots {
+		if _, ok := next[u]; !ok && !old.folded {
+			l.fold(old.slot) // someone else released it; this is what we saw of it
+		}
+	}
+	for i := range snap.Slots {
+		s := &snap.Slots[i]
+		u := use{s.ID, s.Since}
+		old, known := l.slots[u]
+		p := l.process(s)
+		if !known && (!p.fresh || s.Since < p.since) {
+			p.fresh, p.since = true, s.Since
+		}
+		if !s.Retired {
+			p.live = append(p.live, s)
+			continue
+		}
+		release = append(release, s.ID)
+		if !old.folded {
+			l.fold(s)
+		}
+		n := next[u]
+		n.folded, n.slot = true, nil
+		next[u] = n
+	}
+	clear(l.slots)
+	l.slots, l.spare = next, l.slots
+	elapsed := sub(now, l.now)
+	l.kernel, l.now, l.tickHz, l.reopened = k, now, snap.TickHz, false
+	for _, p := range l.processes {
+		p.update(now, elapsed)
+	}
+	return release, l.check()
+}
+
+// follow computes what the ledger knows after snap, or why snap can't be a
+// continuation of what it knows. It changes nothing but the spare map, which
+// it returns.
+func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) {
+	next := l.spare
+	clear(next)
+	k := kernel{
+		unattributed: snap.Unattributed,
+		refused:      snap.Refused,
+		released:     snap.Released,
+		gone:         l.kernel.gone,
+	}
+	k.exits = k.unattributed + k.refused + k.released
+	var stayed uint64 // exits, as last known, of slots that are still there
+	for i := range snap.Slots {
+		s := &snap.Slots[i]
+		u := use{s.ID, s.Since}
+		if _, ok := next[u]; ok {
+			return nil, k, fmt.Errorf("%w: slot %d, generation %d, appears twice", ErrInconsistent, s.ID.Index, s.ID.Generation)
+		}
+		n := known{slot: s, exits: s.Exits()}
+		if old, ok := l.slots[u]; ok {
+			if n.exits < old.exits || old.folded && (n.exits != old.exits || !s.Retired) {
+				return nil, k, fmt.Errorf("%w: slot %d, generation %d, of process %d: %d exits after %d (final: %t)",
+					ErrInconsistent, s.ID.Index, s.ID.Generation, s.Process.TGID, n.exits, old.exits, old.folded)
+			}
+			stayed += old.exits
+		}
+		next[u] = n
+		k.exits += n.exits
+	}
+	var before uint64
+	for _, old := range l.slots {
+		before += old.exits
+	}
+	k.gone += before - stayed
+	was := l.kernel
+	switch {
+	case k.unattributed < was.unattributed:
+		return nil, k, fmt.Errorf("%w: %d exits unattributed after %d", ErrInconsistent, k.unattributed, was.unattributed)
+	case k.refused < was.refused:
+		return nil, k, fmt.Errorf("%w: %d exits refused after %d", ErrInconsistent, k.refused, was.refused)
+	case k.released < k.gone || k.missed() < was.missed():
+		return nil, k, fmt.Errorf("%w: %d exits of %d in slots that are gone are not in those released (%d after %d)",
+			ErrInconsistent, before-stayed, before, k.released, was.released)
+	}
+	return next, k, nil
+}
+
+// replace settles the collector that was: what it counted stays.
+func (l *Ledger) replace() {
+	for _, s := range l.slots {
+		if !s.folded {
+			l.fold(s.slot)
+		}
+	}
+	clear(l.slots)
+	l.earlier = l.Totals()
+	l.kernel = kernel{}
+}
+
+func (l *Ledger) process(s *snapshot.Slot) *process {
+	p := l.processes[s.Process]
+	if p == nil {
+		p = &process{base: Total{Process: s.Process, Comm: s.Comm, Since: s.Since}}
+		p.total = p.base.clone()
+		l.processes[s.Process] = p
+	}
+	return p
+}
+
+// fold moves a slot's counts into its process's base.
+func (l *Ledger) fold(s *snapshot.Slot) {
+	p := l.process(s)
+	p.base.add(s)
+	p.changed = true
+}
+
+// update brings the total up to date with the base and the live slots, and
+// prepares for the next snapshot.
+func (p *process) update(now, elapsed uint64) {
+	if !p.total.Live && !p.fresh && !p.changed {
+		return
+	}
+	t := p.base.clone()
+	if len(p.live) > 0 {
+		t.VCPUs = slices.Grow(t.VCPUs, max(0, len(p.total.VCPUs)-len(t.VCPUs)))
+		t.Rows = slices.Grow(t.Rows, max(0, len(p.total.Rows)-len(t.Rows)))
+	}
+	for _, s := range p.live {
+		t.add(s)
+	}
+	t.Live = len(p.live) > 0
+	t.Span = p.total.Span
+	if p.total.Live {
+		t.Span += elapsed
+	} else if p.fresh {
+		t.Span += sub(now, p.since)
+	}
+	p.total, p.seen = t, now
+	clear(p.live) // it holds on to the whole snapshot
+	p.live, p.fresh, p.changed = p.live[:0], false, false
+}
+
+// check proves that every exit the kernel counted is in exactly one place.
+func (l *Ledger) check() error {
+	if t := l.Totals(); t.Exits != t.Attributed+t.Unattributed+t.Missed {
+		return fmt.Errorf("%w: the kernel counted %d, but %d attributed, %d unattributed and %d missed make %d",
+			ErrInconsistent, t.Exits, t.Attributed, t.Unattributed, t.Missed, t.Attributed+t.Unattributed+t.Missed)
+	}
+	return nil
+}
+
+// Expire forgets the processes that have ended and are older or more than the
+// retention allows, and returns them. It asks alive only about those that are
+// not being counted: collection may be off.
+func (l *Ledger) Expire(alive func(snapshot.Process) bool) (forgotten []snapshot.Process) {
+	var ended []*process
+	for id, p := range l.processes {
+		if !p.total.Live && !alive(id) {
+			ended = append(ended, p)
+		}
+	}
+	slices.SortFunc(ended, func(a, b *process) int { return cmp.Compare(b.seen, a.seen) })
+	for i, p := range ended {
+		if i >= l.keep.Count || sub(l.now, p.seen) > uint64(l.keep.Age) {
+			l.forgotten += p.total.Exits
+			delete(l.processes, p.total.Process)
+			forgotten = append(forgotten, p.total.Process)
+		}
+	}
+	return forgotten
+}
+
+// Totals says where the exits are that the kernel has counted.
+// Exits = Attributed + Unattributed + Missed.
+type Totals struct {
+	Exits        uint64 // by all collectors that were read
+	Attributed   uint64 // to processes, present and past
+	Unattributed uint64 // to none: no slot was free, or the reason was refused
+	Missed       uint64 // released before they were read
+}
+
+// Totals returns the ledger's totals.
+func (l *Ledger) Totals() Totals {
+	t := Totals{
+		Exits:        l.earlier.Exits + l.kernel.exits,
+		Attributed:   l.forgotten,
+		Unattributed: l.earlier.Unattributed + l.kernel.unattributed + l.kernel.refused,
+		Missed:       l.earlier.Missed + l.kernel.missed(),
+	}
+	for _, p := range l.processes {
+		t.Attributed += p.total.Exits
+	}
+	return t
+}
+
+// View returns the ledger as it is now.
+func (l *Ledger) View() *View {
+	v := &View{
+		Time:      l.now,
+		TickHz:    l.tickHz,
+		Processes: make(map[snapshot.Process]*Total, len(l.processes)),
+		Totals:    l.Totals(),
+	}
+	for id, p := range l.processes {
+		v.Processes[id] = p.total
+	}
+	return v
+}
+
+func sub(a, b uint64) uint64 {
+	if a < b {
+		return 0
+	}
+	return a - b
+}

@@ -1,0 +1,506 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ledger
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"virtexit/internal/exitreason"
+	"virtexit/internal/snapshot"
+)
+
+const second = uint64(time.Second)
+
+var forever = Retention{Age: math.MaxInt64, Count: math.MaxInt}
+
+// slot makes a slot of process 100*index with vCPU index, whose only row is
+// that of CPUID.
+func slot(index, generation uint32, count uint64) snapshot.Slot {
+	return snapshot.Slot{
+		ID:        snapshot.SlotID{Index: index, Generation: generation},
+		Process:   snapshot.Process{TGID: 100 * int(index), Start: 1},
+		Comm:      "qemu",
+		TID:       int(100*index + generation),
+		VCPU:      int(index),
+		ISA:       exitreason.SVM,
+		Since:     uint64(generation) * second,
+		GuestTime: 1000 * count,
+		Rows:      []snapshot.Row{row(0x72, count)},
+	}
+}
+
+func row(code uint32, count uint64) snapshot.Row {
+	r := snapshot.Row{Code: code, Count: count, Time: 10 * count, Max: min(count, 1) * 10}
+	r.Hist[0] = count
+	return r
+}
+
+func retired(s snapshot.Slot) snapshot.Slot {
+	s.Retired = true
+	return s
+}
+
+func apply(t *testing.T, l *Ledger, now uint64, s snapshot.Snapshot) []snapshot.SlotID {
+	t.Helper()
+	release, err := l.Apply(&s, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return release
+}
+
+func TestTotals(t *testing.T) {
+	l := New(forever)
+	two := slot(1, 2, 5)
+	two.TID, two.VCPU = 103, 7
+	two.Rows = append(two.Rows, row(0x7b, 3), snapshot.Row{Code: 9, Other: true, Count: 1})
+	three := retired(slot(1, 3, 4)) // vCPU 1 again, another thread: it was unplugged and came back
+	three.ISA = exitreason.VMX
+	apply(t, l, 10*second, snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 2), two}})
+	release := apply(t, l, 11*second, snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 20)), two, three}})
+	if diff := cmp.Diff([]snapshot.SlotID{{Index: 1, Generation: 1}, {Index: 1, Generation: 3}}, release); diff != "" {
+		t.Errorf("release (-want +got)\n%s", diff)
+	}
+	p := snapshot.Process{TGID: 100, Start: 1}
+	other := snapshot.Row{Code: 9, Other: true, Count: 1}
+	want := &Total{
+		Process: p, Comm: "qemu", Since: 1 * second, Span: 10 * second, Live: true, Exits: 33, GuestTime: 29000,
+		VCPUs: []VCPU{
+			{ID: 1, TID: 103, Exits: 24, Time: 240, GuestTime: 24000},
+			{ID: 7, TID: 103, Exits: 9, Time: 80, GuestTime: 5000},
+		},
+		Rows: []Row{
+			{exitreason.SVM, row(0x72, 25)},
+			{exitreason.SVM, row(0x7b, 3)},
+			{exitreason.SVM, other},
+			{exitreason.VMX, row(0x72, 4)},
+		},
+	}
+	opts := cmp.Options{cmpopts.IgnoreUnexported(VCPU{}), cmpopts.SortSlices(func(a, b Row) bool {
+		return fmt.Sprint(a.ISA, a.Other, a.Code) < fmt.Sprint(b.ISA, b.Other, b.Code)
+	})}
+	got := l.View().Processes[p]
+	if diff := cmp.Diff(want, got, opts); diff != "" {
+		t.Errorf("total (-want +got)\n%s", diff)
+	}
+
+	old := l.View()
+	two.Rows = []snapshot.Row{two.Rows[0], row(0x7b, 4), other}
+	apply(t, l, 13*second, snapshot.Snapshot{Released: 24, Slots: []snapshot.Slot{two}})
+	want = &Total{
+		Process: p, Comm: "qemu", Since: 1 * second, Span: 2 * second, Live: true, Exits: 1,
+		VCPUs: []VCPU{{ID: 1, TID: 103}, {ID: 7, TID: 103, Exits: 1, Time: 10}},
+		Rows:  []Row{{exitreason.SVM, row(0x7b, 1)}},
+	}
+	if diff := cmp.Diff(want, l.View().Processes[p].Sub(old.Processes[p]), opts); diff != "" {
+		t.Errorf("difference (-want +got)\n%s", diff)
+	}
+	if diff := cmp.Diff(got, old.Processes[p], opts); diff != "" {
+		t.Errorf("the old view has changed (-want +got)\n%s", diff)
+	}
+}
+
+func TestSpan(t *testing.T) {
+	l := New(forever)
+	p := snapshot.Process{TGID: 100, Start: 1}
+	at := func(now uint64, want uint64, s snapshot.Snapshot) {
+		t.Helper()
+		apply(t, l, now*second, s)
+		if got := l.View().Processes[p].Span; got != want*second {
+			t.Errorf("at %d s: span %d s, want %d s", now, got/second, want)
+		}
+	}
+	at(3, 2, snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 1)}})
+	at(4, 3, snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 1)}})
+	at(6, 5, snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 1))}}) // switched off
+	at(20, 5, snapshot.Snapshot{Released: 1})
+	at(22, 7, snapshot.Snapshot{Released: 1, Slots: []snapshot.Slot{slot(1, 20, 1)}}) // on again
+	at(23, 8, snapshot.Snapshot{Released: 1, Slots: []snapshot.Slot{slot(1, 20, 1)}})
+}
+
+func TestApply(t *testing.T) {
+	type step struct {
+		snap    snapshot.Snapshot
+		reopen  bool
+		err     error
+		totals  Totals
+		release int
+	}
+	for _, tc := range []struct {
+		name  string
+		steps []step
+	}{
+		{"release fails twice", []step{
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 5)}}, totals: Totals{Exits: 5, Attributed: 5}},
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 7))}}, totals: Totals{Exits: 7, Attributed: 7}, release: 1},
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 7))}}, totals: Totals{Exits: 7, Attributed: 7}, release: 1},
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 7))}}, totals: Totals{Exits: 7, Attributed: 7}, release: 1},
+			{snap: snapshot.Snapshot{Released: 7}, totals: Totals{Exits: 7, Attributed: 7}},
+		}},
+		{"slot used again between two snapshots", []step{
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 7))}}, totals: Totals{Exits: 7, Attributed: 7}, release: 1},
+			{snap: snapshot.Snapshot{Released: 7, Slots: []snapshot.Slot{slot(1, 2, 3)}}, totals: Totals{Exits: 10, Attributed: 10}},
+		}},
+		{"released before this ledger began", []step{
+			{snap: snapshot.Snapshot{Released: 100, Slots: []snapshot.Slot{slot(1, 9, 3)}}, totals: Totals{Exits: 103, Attributed: 3, Missed: 100}},
+		}},
+		{"released by another reader", []step{
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 5)}}, totals: Totals{Exits: 5, Attributed: 5}},
+			{snap: snapshot.Snapshot{Released: 8}, totals: Totals{Exits: 8, Attributed: 5, Missed: 3}},
+			{snap: snapshot.Snapshot{Released: 18}, totals: Totals{Exits: 18, Attributed: 5, Missed: 13}},
+		}},
+		{"unattributed and refused", []step{
+			{snap: snapshot.Snapshot{Unattributed: 4, Refused: 2, Slots: []snapshot.Slot{slot(1, 1, 5)}}, totals: Totals{Exits: 11, Attributed: 5, Unattributed: 6}},
+		}},
+		{"opened again, the same collector", []step{
+			{snap: snapshot.Snapshot{Released: 1, Slots: []snapshot.Slot{slot(1, 1, 5), slot(2, 1, 1)}}, totals: Totals{Exits: 7, Attributed: 6, Missed: 1}},
+			{snap: snapshot.Snapshot{Released: 1, Slots: []snapshot.Slot{retired(slot(1, 1, 6)), retired(slot(2, 1, 1))}}, reopen: true,
+				totals: Totals{Exits: 8, Attributed: 7, Missed: 1}, release: 2},
+		}},
+		{"opened again, a new collector", []step{
+			{snap: snapshot.Snapshot{Released: 1, Unattributed: 2, Slots: []snapshot.Slot{slot(1, 1, 5), retired(slot(2, 1, 1))}},
+				totals: Totals{Exits: 9, Attributed: 6, Unattributed: 2, Missed: 1}, release: 1},
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{{ID: snapshot.SlotID{Index: 1, Generation: 1}, Since: 99, Rows: []snapshot.Row{row(1, 50)}}}}, reopen: true,
+				totals: Totals{Exits: 59, Attributed: 56, Unattributed: 2, Missed: 1}},
+		}},
+		{"a new collector without a word", []step{
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 5)}}, totals: Totals{Exits: 5, Attributed: 5}},
+			{err: ErrInconsistent, totals: Totals{Exits: 5, Attributed: 5}},
+			{reopen: true, totals: Totals{Exits: 5, Attributed: 5}},
+		}},
+		{"a slot goes back", []step{
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 5)}}, totals: Totals{Exits: 5, Attributed: 5}},
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 4)}}, err: ErrInconsistent, totals: Totals{Exits: 5, Attributed: 5}},
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 6)}}, totals: Totals{Exits: 6, Attributed: 6}},
+		}},
+		{"final counts change", []step{
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 5))}}, totals: Totals{Exits: 5, Attributed: 5}, release: 1},
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 6))}}, err: ErrInconsistent, totals: Totals{Exits: 5, Attributed: 5}},
+		}},
+		{"the dead live", []step{
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 5))}}, totals: Totals{Exits: 5, Attributed: 5}, release: 1},
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 5)}}, err: ErrInconsistent, totals: Totals{Exits: 5, Attributed: 5}},
+		}},
+		{"a slot appears twice", []step{
+			{snap: snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 5), slot(1, 1, 5)}}, err: ErrInconsistent},
+		}},
+		{"unattributed goes back", []step{
+			{snap: snapshot.Snapshot{Unattributed: 4}, totals: Totals{Exits: 4, Unattributed: 4}},
+			{snap: snapshot.Snapshot{Unattributed: 3}, err: ErrInconsistent, totals: Totals{Exits: 4, Unattributed: 4}},
+		}},
+		{"refused goes back", []step{
+			{snap: snapshot.Snapshot{Refused: 4}, totals: Totals{Exits: 4, Unattributed: 4}},
+			{snap: snapshot.Snapshot{Refused: 3}, err: ErrInconsistent, totals: Totals{Exits: 4, Unattributed: 4}},
+		}},
+		{"released goes back", []step{
+			{snap: snapshot.Snapshot{Released: 4}, totals: Totals{Exits: 4, Missed: 4}},
+			{snap: snapshot.Snapshot{Released: 3}, err: ErrInconsistent, totals: Totals{Exits: 4, Missed: 4}},
+		}},
+		{"lost from released", []step{
+			{snap: snapshot.Snapshot{Released: 4, Slots: []snapshot.Slot{slot(1, 1, 5)}}, totals: Totals{Exits: 9, Attributed: 5, Missed: 4}},
+			{snap: snapshot.Snapshot{Released: 8}, err: ErrInconsistent, totals: Totals{Exits: 9, Attributed: 5, Missed: 4}},
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := New(forever)
+			for i, s := range tc.steps {
+				if s.reopen {
+					l.Reopen()
+				}
+				release, err := l.Apply(&s.snap, uint64(i+1)*second)
+				if !errors.Is(err, s.err) {
+					t.Fatalf("step %d: error %v, want %v", i, err, s.err)
+				}
+				if diff := cmp.Diff(s.totals, l.Totals()); diff != "" {
+					t.Errorf("step %d: totals (-want +got)\n%s", i, diff)
+				}
+				if len(release) != s.release {
+					t.Errorf("step %d: releases %v, want %d", i, release, s.release)
+				}
+			}
+		})
+	}
+}
+
+func TestExpire(t *testing.T) {
+	l := New(Retention{Age: 10 * time.Second, Count: 2})
+	slots := make([]snapshot.Slot, 6)
+	for i := range slots {
+		slots[i] = slot(uint32(i+1), 1, 1)
+	}
+	apply(t, l, 1*second, snapshot.Snapshot{Slots: slots})
+	// One more ends each second: 100 first, 500 last. 600 lives on.
+	for i := range 5 {
+		apply(t, l, uint64(i+2)*second, snapshot.Snapshot{Released: uint64(i + 1), Slots: slots[i+1:]})
+	}
+	alive := func(p snapshot.Process) bool { return p.TGID == 200 }
+	expect := func(want ...int) {
+		t.Helper()
+		l.Expire(alive)
+		var got []int
+		for p := range l.View().Processes {
+			got = append(got, p.TGID)
+		}
+		slices.Sort(got)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("remembered (-want +got)\n%s", diff)
+		}
+		if diff := cmp.Diff(Totals{Exits: 6, Attributed: 6}, l.Totals()); diff != "" {
+			t.Errorf("totals (-want +got)\n%s", diff)
+		}
+	}
+	expect(200, 400, 500, 600)
+	apply(t, l, 15*second, snapshot.Snapshot{Released: 5, Slots: slots[5:]})
+	expect(200, 400, 500, 600)
+	apply(t, l, 16*second, snapshot.Snapshot{Released: 5, Slots: slots[5:]})
+	expect(200, 500, 600)
+	apply(t, l, 17*second, snapshot.Snapshot{Released: 5, Slots: slots[5:]})
+	expect(200, 600)
+}
+
+// sim is a kernel: slots that are taken, count, retire and are released.
+type sim struct {
+	rng        *rand.Rand
+	slots      []*snapshot.Slot // nil: free
+	generation []uint32
+	snap       snapshot.Snapshot
+	now        uint64
+}
+
+func newSim(rng *rand.Rand) *sim {
+	return &sim{rng: rng, slots: make([]*snapshot.Slot, 6), generation: make([]uint32, 6)}
+}
+
+func (k *sim) reload() {
+	clear(k.slots)
+	clear(k.generation)
+	k.snap = snapshot.Snapshot{}
+}
+
+func (k *sim) exits(n int) {
+	for range n {
+		i := k.rng.IntN(len(k.slots))
+		s := k.slots[i]
+		switch {
+		case s == nil:
+			k.generation[i]++
+			k.slots[i] = &snapshot.Slot{
+				ID:      snapshot.SlotID{Index: uint32(i), Generation: k.generation[i]},
+				Process: snapshot.Process{TGID: 1 + k.rng.IntN(3), Start: 1},
+				VCPU:    k.rng.IntN(3),
+				Since:   k.now,
+				ISA:     exitreason.SVM,
+			}
+		case s.Retired:
+			k.snap.Unattributed++
+		default:
+			code := uint32(k.rng.IntN(4))
+			j := slices.IndexFunc(s.Rows, func(r snapshot.Row) bool { return r.Code == code })
+			if j < 0 {
+				j = len(s.Rows)
+				s.Rows = append(s.Rows, snapshot.Row{Code: code})
+			}
+			s.Rows[j].Add(row(code, 1))
+		}
+	}
+}
+
+func (k *sim) retire(all bool) {
+	for _, s := range k.slots {
+		if s != nil && (all || k.rng.IntN(3) == 0) {
+			s.Retired = true
+		}
+	}
+}
+
+func (k *sim) release(ids []snapshot.SlotID) {
+	for _, id := range ids {
+		if s := k.slots[id.Index]; s != nil && s.Retired && s.ID == id {
+			k.snap.Released += s.Exits()
+			k.slots[id.Index] = nil
+		}
+	}
+}
+
+func (k *sim) snapshot() *snapshot.Snapshot {
+	c := k.snap
+	for _, s := range k.slots {
+		if s != nil {
+			s := *s
+			s.Rows = slices.Clone(s.Rows)
+			c.Slots = append(c.Slots, s)
+		}
+	}
+	return &c
+}
+
+// FuzzApply runs a random history and holds the ledger against the simplest
+// thing that can be right: remember of every use of a slot what was last seen
+// of it, for ever, and add that up.
+func FuzzApply(f *testing.F) {
+	for seed := range uint64(300) {
+		ops := make([]byte, 200)
+		rng := rand.New(rand.NewPCG(seed, 2))
+		for i := range ops {
+			ops[i] = byte(rng.UintN(256))
+		}
+		f.Add(seed, ops)
+	}
+	type seen struct {
+		process snapshot.Process
+		exits   map[uint32]uint64
+	}
+	f.Fuzz(func(t *testing.T, seed uint64, ops []byte) {
+		k := newSim(rand.New(rand.NewPCG(seed, 1)))
+		l := New(Retention{Age: time.Second, Count: 1})
+		all := make(map[use]seen)
+		forgotten := make(map[snapshot.Process]map[uint32]uint64) // what the model still counts and the ledger does not
+		last := l.View()
+		var before Totals
+		for _, op := range ops {
+			k.now += second / 8
+			switch op % 16 {
+			case 0:
+				k.retire(false)
+			case 1:
+				k.retire(true) // off
+			case 2: // another reader
+				for _, s := range k.slots {
+					if s != nil && s.Retired && k.rng.IntN(2) == 0 {
+						k.release([]snapshot.SlotID{s.ID})
+					}
+				}
+			case 3:
+				k.reload()
+				l.Reopen()
+				k.exits(k.rng.IntN(40))
+			case 4:
+				l.Reopen()
+			case 5:
+				k.snap.Refused++
+			case 6, 7, 8, 9:
+				snap := k.snapshot()
+				release, err := l.Apply(snap, k.now)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if k.rng.IntN(4) > 0 {
+					k.release(release)
+				}
+				for i := range snap.Slots {
+					s := &snap.Slots[i]
+					m := seen{s.Process, make(map[uint32]uint64)}
+					for _, r := range s.Rows {
+						m.exits[r.Code] = r.Count
+					}
+					all[use{s.ID, s.Since}] = m
+				}
+				want := make(map[snapshot.Process]map[uint32]uint64)
+				var attributed uint64
+				for _, m := range all {
+					if want[m.process] == nil {
+						want[m.process] = make(map[uint32]uint64)
+					}
+					for code, n := range m.exits {
+						want[m.process][code] += n
+						attributed += n
+					}
+				}
+				v := l.View()
+				for p, exits := range want {
+					for code, n := range forgotten[p] {
+						exits[code] -= n
+					}
+					got := make(map[uint32]uint64)
+					var sum uint64
+					if total := v.Processes[p]; total != nil {
+						for _, r := range total.Rows {
+							got[r.Code] = r.Count
+							if r.Hist[0] != r.Count || r.Time != 10*r.Count || r.Max != 10 {
+								t.Fatalf("%v: row %v does not agree with itself", p, r)
+							}
+							sum += r.Count
+						}
+						for _, vcpu := range total.VCPUs {
+							sum -= vcpu.Exits
+						}
+						if sum != 0 {
+							t.Fatalf("%v: vCPUs have %d exits less than rows", p, int64(sum))
+						}
+						if old := last.Processes[p]; old != nil && forgotten[p] == nil && (total.Exits < old.Exits || total.Span < old.Span) {
+							t.Fatalf("%v: %d exits in %d ns after %d in %d ns", p, total.Exits, total.Span, old.Exits, old.Span)
+						}
+					}
+					for code, n := range exits {
+						if got[code] != n {
+							t.Fatalf("%v: reason %d has %d exits, want %d", p, code, got[code], n)
+						}
+					}
+				}
+				tot := v.Totals
+				if tot.Attributed != attributed || tot.Exits != tot.Attributed+tot.Unattributed+tot.Missed {
+					t.Fatalf("totals %+v, want %d attributed", tot, attributed)
+				}
+				if tot.Exits < before.Exits || tot.Missed < before.Missed || tot.Unattributed < before.Unattributed {
+					t.Fatalf("totals %+v after %+v", tot, before)
+				}
+				last, before = v, tot
+			case 10:
+				v := l.View()
+				l.Expire(func(p snapshot.Process) bool { return p.TGID == 1 })
+				for p, total := range v.Processes {
+					if l.processes[p] != nil {
+						continue
+					}
+					if total.Live || p.TGID == 1 {
+						t.Fatalf("%v was forgotten alive", p)
+					}
+					if forgotten[p] == nil {
+						forgotten[p] = make(map[uint32]uint64)
+					}
+					for _, r := range total.Rows {
+						forgotten[p][r.Code] += r.Count
+					}
+				}
+			default:
+				k.exits(k.rng.IntN(20))
+			}
+		}
+	})
+}
+
+func BenchmarkApply(b *testing.B) {
+	for _, rows := range []int{12, 30} {
+		b.Run(fmt.Sprintf("1000x8/rows=%d", rows), func(b *testing.B) {
+			snap := &snapshot.Snapshot{}
+			for i := range uint32(8000) {
+				s := slot(i, 1, 1)
+				s.Process.TGID, s.VCPU = int(i/8), int(i%8)
+				s.Rows = nil
+				for r := range rows {
+					s.Rows = append(s.Rows, row(uint32(r), 5))
+				}
+				snap.Slots = append(snap.Slots, s)
+			}
+			l := New(forever)
+			b.ReportAllocs()
+			var now uint64
+			for b.Loop() {
+				now += second
+				if _, err := l.Apply(snap, now); err != nil {
+					b.Fatal(err)
+				}
+				l.View()
+			}
+		})
+	}
+}
