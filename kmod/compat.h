@@ -6,6 +6,7 @@
 #ifndef _VX_COMPAT_H
 #define _VX_COMPAT_H
 
+#include <linux/mm.h>
 #include <linux/version.h>
 
 /*
@@ -16,8 +17,6 @@
     LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
 #error "virtexit supports Linux 6.1 to 6.12"
 #endif
-
-#include <linux/mm.h>
 
 /* vm_flags can no longer be written since 6.3, commit bc292ab00f6c. */
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)

@@ -10,32 +10,18 @@
 #include "compat.h"
 #include "vx.h"
 
-/* Open files; a mapping keeps its file open. Under vx_mutex. */
-static unsigned int vx_opened;
-
+/* A mapping keeps its file open, and that the module. */
 static int vx_open(struct inode *inode, struct file *file)
 {
-	mutex_lock(&vx_mutex);
-	vx_opened++;
-	mutex_unlock(&vx_mutex);
+	vx_slots_pin();
 	return 0;
 }
 
 static int vx_release(struct inode *inode, struct file *file)
 {
-	mutex_lock(&vx_mutex);
-	vx_opened--;
-	mutex_unlock(&vx_mutex);
+	vx_slots_unpin();
 	vx_kick();
 	return 0;
-}
-
-/**
- * vx_device_open_any - whether anyone may be reading; vx_mutex held
- */
-bool vx_device_open_any(void)
-{
-	return vx_opened;
 }
 
 static vm_fault_t vx_fault(struct vm_fault *vmf)

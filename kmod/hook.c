@@ -18,6 +18,7 @@
 static struct tracepoint *vx_tp_exit;
 static struct tracepoint *vx_tp_entry;
 static struct tracepoint *vx_tp_thread_exit;
+static struct tracepoint *vx_tp_exec;
 static struct vx_hook_stat vx_now;
 static struct vx_hook_stat vx_announced;
 
@@ -58,13 +59,14 @@ static __always_inline void vx_count(struct vx_slot *s,
 	row->count++;
 	if (static_branch_unlikely(&vx_timed)) {
 		u64 now = vx_exit_tsc(vcpu, s, isa);
+		s64 cycles = now - s->entry_tsc;
 
-		if (likely(s->entry_tsc))
-			s->pub->guest_time += now - s->entry_tsc;
+		/* Not so without an entry, or where CPUs' TSCs differ. */
+		if (likely(cycles > 0))
+			s->pub->guest_time += cycles;
 		s->exit_tsc = now;
 		s->row = row;
-		/* An exit with no entry before it adds no guest time. */
-		s->entry_tsc = 0;
+		s->entry_tsc = VX_NOT_ENTERED;
 	}
 }
 
@@ -86,14 +88,14 @@ static __always_inline void vx_exit_slow(struct kvm_vcpu *vcpu, u32 seen,
 	preempt_disable_notrace();
 	s = vx_slot_find(vcpu);
 	if (unlikely(!s)) {
-		if (READ_ONCE(vx_mismatch) ||
-		    vx_reason_check(vcpu, seen, &code)) {
+		if (READ_ONCE(vx_mismatch) || seen != isa ||
+		    vx_reason_check(vcpu, isa, &code)) {
 			vx_count_refused();
 			if (!xchg(&vx_mismatch, true))
 				vx_kick_atomic();
 			goto out;
 		}
-		s = vx_slot_take(vcpu, seen, code);
+		s = vx_slot_take(vcpu, isa, code);
 		if (!s) {
 			vx_count_unattributed();
 			goto out;
@@ -118,7 +120,8 @@ static noinline void vx_exit_slow_vmx(void *data, struct kvm_vcpu *vcpu,
 }
 
 /*
- * All that an exit costs.
+ * All that an exit costs. Another thread may be changing the task of a slot
+ * that is not ours; from no value to another that is ours.
  *
  * Return: false when the slot or the row is not at hand; nothing is counted.
  */
@@ -128,7 +131,8 @@ static __always_inline bool vx_exit(struct kvm_vcpu *vcpu, u32 isa)
 	struct virtexit_row *row;
 	u32 code;
 
-	if (unlikely(s->task != current || s->vcpu_id != vcpu->vcpu_id))
+	if (unlikely(data_race(s->task) != current ||
+		     s->vcpu_id != vcpu->vcpu_id))
 		return false;
 	code = vx_reason(vcpu, isa);
 	row = vx_row_guess(s->pub, code);
@@ -157,7 +161,8 @@ static void vx_probe_entry(void *data, struct kvm_vcpu *vcpu,
 	struct virtexit_row *row;
 	u64 now;
 
-	if (unlikely(s->task != current || s->vcpu_id != vcpu->vcpu_id)) {
+	if (unlikely(data_race(s->task) != current ||
+		     s->vcpu_id != vcpu->vcpu_id)) {
 		s = vx_slot_find(vcpu);
 		if (!s)
 			return;
@@ -188,6 +193,13 @@ static void vx_probe_thread_exit(void *data, struct task_struct *task)
 	vx_slots_retire_task(task);
 }
 
+/* A thread that executes another program is another guest, if one at all. */
+static void vx_probe_exec(void *data, struct task_struct *task, pid_t old_pid,
+			  struct linux_binprm *bprm)
+{
+	vx_slots_retire_task(task);
+}
+
 static void *vx_probe_exit(void)
 {
 	return vx_now.isa == VIRTEXIT_ISA_SVM ? (void *)vx_probe_exit_svm :
@@ -199,18 +211,26 @@ static const char *vx_why_refused(void)
 	if (!vx_tp_exit)
 		return NULL;
 	if (READ_ONCE(vx_mismatch))
-		return "the exit reason read from the vCPU is not the one that KVM reads: this kvm module is not of the kernel that virtexit was built for";
+		return "exit reasons differ from those that KVM reads: is kvm another build than the kernel?";
 	if (!vx_tp_entry)
 		return "the kvm module has no kvm_entry tracepoint";
-	if (!vx_tp_thread_exit)
-		return "the kernel has no sched_process_exit tracepoint";
+	if (!vx_tp_thread_exit || !vx_tp_exec)
+		return "the kernel lacks the tracepoint sched_process_exit or sched_process_exec";
 	if (!vx_now.isa)
 		return "no vendor module is loaded whose exits are known (kvm_amd, kvm_intel)";
 	return vx_reason_unusable(vx_now.isa);
 }
 
-/* From OFF to COUNT. */
-static int vx_attach(void)
+static void vx_detach_task(void)
+{
+	tracepoint_probe_unregister(vx_tp_exec, vx_probe_exec, NULL);
+	tracepoint_probe_unregister(vx_tp_thread_exit, vx_probe_thread_exit,
+				    NULL);
+	tracepoint_synchronize_unregister();
+}
+
+/* So that no thread with a slot goes unnoticed, before there is any slot. */
+static int vx_attach_task(void)
 {
 	int err;
 
@@ -218,10 +238,24 @@ static int vx_attach(void)
 					vx_probe_thread_exit, NULL);
 	if (err)
 		return err;
-	err = tracepoint_probe_register(vx_tp_exit, vx_probe_exit(), NULL);
+	err = tracepoint_probe_register(vx_tp_exec, vx_probe_exec, NULL);
 	if (err)
 		tracepoint_probe_unregister(vx_tp_thread_exit,
 					    vx_probe_thread_exit, NULL);
+	return err;
+}
+
+/* From OFF to COUNT. */
+static int vx_attach(void)
+{
+	int err;
+
+	err = vx_attach_task();
+	if (err)
+		return err;
+	err = tracepoint_probe_register(vx_tp_exit, vx_probe_exit(), NULL);
+	if (err)
+		vx_detach_task();
 	return err;
 }
 
@@ -231,9 +265,7 @@ static void vx_detach(void)
 	tracepoint_probe_unregister(vx_tp_exit, vx_probe_exit(), NULL);
 	tracepoint_synchronize_unregister();
 	vx_slots_retire_all();
-	tracepoint_probe_unregister(vx_tp_thread_exit, vx_probe_thread_exit,
-				    NULL);
-	tracepoint_synchronize_unregister();
+	vx_detach_task();
 }
 
 /* From COUNT to TIME. */
@@ -286,6 +318,7 @@ static int vx_set_level(u32 want)
  */
 void vx_hook_update(void)
 {
+	lockdep_assert_held(&vx_mutex);
 	vx_now.kvm = vx_tp_exit;
 	vx_now.refused = vx_why_refused();
 	if (vx_set_level(vx_now.kvm && !vx_now.refused ? vx_leases_level() :
@@ -320,6 +353,8 @@ static void vx_found_tracepoint(struct tracepoint *tp, void *data)
 		vx_tp_entry = tp;
 	else if (!strcmp(tp->name, "sched_process_exit"))
 		vx_tp_thread_exit = tp;
+	else if (!strcmp(tp->name, "sched_process_exec"))
+		vx_tp_exec = tp;
 }
 
 /* The kvm module comes, or is there already; or goes, or we do. */
@@ -338,7 +373,7 @@ static int vx_tracepoint_notify(struct notifier_block *nb, unsigned long state,
 	vx_tp_entry = NULL;
 	if (state == MODULE_STATE_COMING)
 		for (i = 0; i < mod->num_tracepoints; i++)
-			vx_found_tracepoint(tracepoint_ptr_deref(&mod->tracepoints_ptrs[i]),
+			vx_found_tracepoint(tracepoint_ptr_deref(mod->tracepoints_ptrs + i),
 					    NULL);
 	vx_hook_update();
 	mutex_unlock(&vx_mutex);
@@ -355,7 +390,8 @@ static int vx_module_notify(struct notifier_block *nb, unsigned long state,
 {
 	struct module *mod = data;
 
-	if (strcmp(mod->name, "kvm_amd") && strcmp(mod->name, "kvm_intel"))
+	/* That of the other vendor may come too, only for KVM to refuse it. */
+	if (strcmp(mod->name, vx_reason_vendor()))
 		return NOTIFY_DONE;
 	if (state != MODULE_STATE_COMING && state != MODULE_STATE_GOING)
 		return NOTIFY_DONE;

@@ -3,6 +3,8 @@
  * virtexit: counts the VM exits of every vCPU thread of this host, in place.
  * uapi/virtexit.h says how they are read.
  */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
 #include <linux/irq_work.h>
 #include <linux/module.h>
 #include <linux/workqueue.h>
@@ -11,6 +13,7 @@
 #include "compat.h"
 #include "vx.h"
 
+/* What is attached, and why: leases, tracepoints, the vendor module. */
 DEFINE_MUTEX(vx_mutex);
 
 /* All that a probe or a closing socket leaves to be done. */
@@ -21,7 +24,7 @@ static void vx_work_fn(struct work_struct *work)
 	vx_hook_update();
 	if (vx_leases_level())
 		vx_slots_refill();
-	else if (!vx_device_open_any())
+	else
 		vx_slots_trim();
 	vx_send_vcpu_events();
 	mutex_unlock(&vx_mutex);
@@ -45,7 +48,7 @@ void vx_kick(void)
 }
 
 /**
- * vx_kick_atomic - have the worker look; with interrupts off, from a probe
+ * vx_kick_atomic - have the worker look; from a probe, whatever its context
  */
 void vx_kick_atomic(void)
 {
@@ -57,7 +60,7 @@ static int __init vx_init(void)
 	int err;
 
 	if (!tsc_khz) {
-		pr_err("virtexit: the rate of the TSC is not known\n");
+		pr_err("the rate of the TSC is not known\n");
 		return -ENODEV;
 	}
 	err = vx_slots_init();
@@ -102,6 +105,6 @@ static void __exit vx_exit(void)
 module_init(vx_init);
 module_exit(vx_exit);
 
-MODULE_LICENSE("GPL v2");
+MODULE_LICENSE("GPL");
 MODULE_DESCRIPTION("VM exits by vCPU thread and reason");
 MODULE_VERSION(VX_VERSION);

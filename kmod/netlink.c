@@ -9,6 +9,7 @@
 #include <linux/slab.h>
 #include <net/genetlink.h>
 #include <net/net_namespace.h>
+#include <net/sock.h>
 
 #include "compat.h"
 #include "vx.h"
@@ -18,12 +19,15 @@
 /**
  * struct vx_lease - one socket's wish that collection be on
  * @list: in vx_leases
- * @portid: of the socket, in the initial network namespace
+ * @sk: the socket; valid until it is told to be closing, then never followed
+ * @portid: its number in the initial network namespace, which another socket
+ *	may have by the time that this one is told to be closing
  * @level: wished for
  * @dead: the socket has been closed
  */
 struct vx_lease {
 	struct list_head list;
+	struct sock *sk;
 	u32 portid;
 	u32 level;
 	bool dead;
@@ -39,12 +43,12 @@ static struct genl_family vx_family;
 /* The family is registered, so that its group is ours. Under vx_mutex. */
 static bool vx_announce;
 
-static struct vx_lease *vx_lease_find(u32 portid)
+static struct vx_lease *vx_lease_find(const struct sock *sk)
 {
 	struct vx_lease *lease;
 
 	list_for_each_entry(lease, &vx_leases, list)
-		if (lease->portid == portid && !lease->dead)
+		if (lease->sk == sk && !lease->dead)
 			return lease;
 	return NULL;
 }
@@ -69,6 +73,7 @@ void vx_leases_reap(void)
 {
 	struct vx_lease *lease, *next;
 
+	lockdep_assert_held(&vx_mutex);
 	spin_lock_bh(&vx_lease_lock);
 	list_for_each_entry_safe(lease, next, &vx_leases, list) {
 		if (!lease->dead)
@@ -80,7 +85,8 @@ void vx_leases_reap(void)
 	spin_unlock_bh(&vx_lease_lock);
 }
 
-static int vx_lease_set(u32 portid, u32 level, struct netlink_ext_ack *extack)
+static int vx_lease_set(struct sock *sk, u32 portid, u32 level,
+			struct netlink_ext_ack *extack)
 {
 	struct vx_lease *lease = NULL, *mine;
 
@@ -88,10 +94,11 @@ static int vx_lease_set(u32 portid, u32 level, struct netlink_ext_ack *extack)
 		lease = kzalloc(sizeof(*lease), GFP_KERNEL);
 		if (!lease)
 			return -ENOMEM;
+		lease->sk = sk;
 		lease->portid = portid;
 	}
 	spin_lock_bh(&vx_lease_lock);
-	mine = vx_lease_find(portid);
+	mine = vx_lease_find(sk);
 	if (!mine && lease) {
 		if (vx_nr_leases == VX_LEASES_MAX) {
 			spin_unlock_bh(&vx_lease_lock);
@@ -113,22 +120,27 @@ static int vx_lease_set(u32 portid, u32 level, struct netlink_ext_ack *extack)
 	return 0;
 }
 
-/* A socket closes: its lease dies with it. Must not sleep. */
+/* A socket closes: its lease dies with it, and the worker sees to the rest. */
 static int vx_netlink_notify(struct notifier_block *nb, unsigned long state,
 			     void *data)
 {
 	struct netlink_notify *notify = data;
 	struct vx_lease *lease;
+	bool any = false;
 
 	if (state != NETLINK_URELEASE || notify->protocol != NETLINK_GENERIC ||
 	    !net_eq(notify->net, &init_net))
 		return NOTIFY_DONE;
 	spin_lock_bh(&vx_lease_lock);
-	lease = vx_lease_find(notify->portid);
-	if (lease)
+	list_for_each_entry(lease, &vx_leases, list) {
+		if (lease->dead || lease->portid != notify->portid ||
+		    !sock_flag(lease->sk, SOCK_DEAD))
+			continue;
 		lease->dead = true;
+		any = true;
+	}
 	spin_unlock_bh(&vx_lease_lock);
-	if (lease)
+	if (any)
 		vx_kick();
 	return NOTIFY_DONE;
 }
@@ -197,7 +209,8 @@ static int vx_lease_doit(struct sk_buff *skb, struct genl_info *info)
 		return -EINVAL;
 	}
 	mutex_lock(&vx_mutex);
-	err = vx_lease_set(info->snd_portid,
+	vx_leases_reap();
+	err = vx_lease_set(NETLINK_CB(skb).sk, info->snd_portid,
 			   nla_get_u32(info->attrs[VIRTEXIT_A_LEVEL]),
 			   info->extack);
 	if (!err) {
@@ -307,9 +320,9 @@ static struct genl_family vx_family __ro_after_init = {
 	.name = VIRTEXIT_GENL_NAME,
 	.version = VIRTEXIT_GENL_VERSION,
 	.module = THIS_MODULE,
+	.parallel_ops = true,	/* vx_mutex orders requests */
 	.ops = vx_ops,
 	.n_ops = ARRAY_SIZE(vx_ops),
-	.resv_start_op = VIRTEXIT_CMD_MAX + 1,
 	.mcgrps = vx_groups,
 	.n_mcgrps = ARRAY_SIZE(vx_groups),
 };

@@ -39,8 +39,16 @@ static void *vx_function(const char *name)
 	addr = kp.addr;
 	unregister_kprobe(&kp);
 	if (!get_kernel_nofault(insn, (u32 *)(addr - 4)) && insn == 0xfa1e0ff3)
-		addr -= 4;
-	return addr;
+		return addr - 4;
+	return IS_ENABLED(CONFIG_X86_KERNEL_IBT) ? NULL : addr;
+}
+
+/**
+ * vx_reason_vendor - name of the only vendor module that this CPU can use
+ */
+const char *vx_reason_vendor(void)
+{
+	return boot_cpu_has(X86_FEATURE_SVM) ? "kvm_amd" : "kvm_intel";
 }
 
 /**
@@ -52,13 +60,13 @@ static void *vx_function(const char *name)
  */
 u32 vx_reason_resolve(void)
 {
-	vx_get_exit_info = vx_function("svm_get_exit_info");
-	if (vx_get_exit_info)
-		return VIRTEXIT_ISA_SVM;
-	vx_get_exit_info = vx_function("vmx_get_exit_info");
-	if (vx_get_exit_info)
-		return VIRTEXIT_ISA_VMX;
-	return VIRTEXIT_ISA_NONE;
+	bool svm = boot_cpu_has(X86_FEATURE_SVM);
+
+	vx_get_exit_info = vx_function(svm ? "svm_get_exit_info" :
+					     "vmx_get_exit_info");
+	if (!vx_get_exit_info)
+		return VIRTEXIT_ISA_NONE;
+	return svm ? VIRTEXIT_ISA_SVM : VIRTEXIT_ISA_VMX;
 }
 
 /**
@@ -77,8 +85,6 @@ const char *vx_reason_unusable(u32 isa)
 {
 	if (isa == VIRTEXIT_ISA_VMX && !boot_cpu_has(X86_FEATURE_VMX))
 		return "kvm_intel is loaded but the CPU has no VMX";
-	if (isa == VIRTEXIT_ISA_SVM && !boot_cpu_has(X86_FEATURE_SVM))
-		return "kvm_amd is loaded but the CPU has no SVM";
 	/* With an enlightened VMCS there is nothing for VMREAD to read. */
 	if (isa == VIRTEXIT_ISA_VMX && hypervisor_is_type(X86_HYPER_MS_HYPERV))
 		return "VMX under Hyper-V is not supported";
@@ -92,7 +98,7 @@ const char *vx_reason_unusable(u32 isa)
  * @code: the reason
  *
  * Reads with care: if struct kvm_vcpu is not what this module was built for,
- * this is where it shows.
+ * this is where SVM shows it.
  *
  * Return: -EPROTO when the two differ or KVM cannot be asked.
  */

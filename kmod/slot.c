@@ -8,13 +8,17 @@
  * may point to a slot that has long been retired: its task is NULL then and
  * the pointer is of no consequence.
  */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
 #include <linux/gfp.h>
 #include <linux/hash.h>
+#include <linux/jiffies.h>
 #include <linux/module.h>
 #include <linux/rculist.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
+#include <linux/string.h>
 #include <linux/timekeeping.h>
 #include <linux/vmalloc.h>
 #include <asm/tsc.h>
@@ -37,6 +41,7 @@ static_assert(sizeof(struct virtexit_row) == 256);
 static_assert(sizeof(struct virtexit_slot) == 16384);
 static_assert(sizeof(struct virtexit_cpu) == 64);
 static_assert(sizeof(struct virtexit_header) == 56);
+static_assert(offsetof(struct virtexit_slot, generation) == 0);
 static_assert(offsetof(struct virtexit_slot, index) == 512);
 static_assert(offsetof(struct virtexit_slot, rows) == 1024);
 static_assert(sizeof(struct virtexit_slot) % PAGE_SIZE == 0);
@@ -63,6 +68,10 @@ static LIST_HEAD(vx_events);
 static u32 vx_nr_free;
 static u32 vx_nr_live;
 static u32 vx_nr_retired;
+static u32 vx_nr_open;
+
+/* There was no memory for another slot; not to be asked for before then. */
+static unsigned long vx_refill_after;
 
 static struct hlist_head *vx_bucket(const struct task_struct *task)
 {
@@ -81,7 +90,7 @@ static struct vx_slot *vx_lookup(const struct task_struct *task, u32 vcpu_id)
 	hlist_for_each_entry_rcu(s, vx_bucket(task), hash,
 				 rcu_read_lock_sched_held() ||
 				 lockdep_is_held(&vx_slot_lock))
-		if (s->task == task && s->vcpu_id == vcpu_id)
+		if (READ_ONCE(s->task) == task && s->vcpu_id == vcpu_id)
 			return s;
 	return NULL;
 }
@@ -124,9 +133,10 @@ static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa,
 	pub->nr_rows = 1;
 
 	s->row = NULL;
-	s->entry_tsc = 0;
+	s->entry_tsc = VX_NOT_ENTERED;
 	s->vcpu_id = vcpu->vcpu_id;
-	s->task = current;
+	WRITE_ONCE(s->task, current);
+	/* Whoever sees the state sees whose slot it is. */
 	smp_store_release(&pub->state, VIRTEXIT_LIVE);
 }
 
@@ -158,7 +168,8 @@ struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa, u32 code)
 		}
 		raw_spin_unlock_irqrestore(&vx_slot_lock, flags);
 	}
-	if (s || READ_ONCE(vx_header->slots_backed) < vx_nr_slots)
+	if (s || (READ_ONCE(vx_header->slots_backed) < vx_nr_slots &&
+		  time_after_eq(jiffies, READ_ONCE(vx_refill_after))))
 		vx_kick_atomic();
 	return s;
 }
@@ -199,15 +210,16 @@ struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code)
 /**
  * vx_slots_untime - forget when the exits in progress began
  *
- * vx_mutex held; no probe touches these members.
+ * vx_mutex held; exits are not timed, so that no probe follows these members.
  */
 void vx_slots_untime(void)
 {
 	u32 i;
 
+	lockdep_assert_held(&vx_mutex);
 	for (i = 0; i < vx_header->slots_backed; i++) {
 		vx_slots[i].row = NULL;
-		vx_slots[i].entry_tsc = 0;
+		vx_slots[i].entry_tsc = VX_NOT_ENTERED;
 	}
 }
 
@@ -215,7 +227,7 @@ void vx_slots_untime(void)
 static void vx_slot_retire(struct vx_slot *s)
 {
 	hlist_del_rcu(&s->hash);
-	s->task = NULL;
+	WRITE_ONCE(s->task, NULL);
 	vx_nr_live--;
 	/* Whoever sees the state sees the final counts. */
 	smp_store_release(&s->pub->state, VIRTEXIT_RETIRED);
@@ -293,6 +305,9 @@ int vx_slot_release(u32 index, u32 generation)
 	if (s->generation == generation && pub->state == VIRTEXIT_RETIRED) {
 		for (i = 0; i < pub->nr_rows; i++)
 			exits += pub->rows[i].count;
+		WRITE_ONCE(vx_header->seq, vx_header->seq + 1);
+		/* Odd before anything moves. */
+		smp_wmb();
 		vx_header->released += exits;
 		vx_header->released_slots++;
 		/*
@@ -302,6 +317,8 @@ int vx_slot_release(u32 index, u32 generation)
 		 */
 		WRITE_ONCE(pub->state, VIRTEXIT_FREE);
 		smp_store_release(&pub->generation, ++s->generation);
+		/* Even when all has moved. */
+		smp_store_release(&vx_header->seq, vx_header->seq + 1);
 		vx_nr_retired--;
 		list_del_init(&s->event);
 		list_move(&s->list, &vx_released);
@@ -319,6 +336,7 @@ void vx_slots_reclaim(void)
 	LIST_HEAD(released);
 	struct vx_slot *s;
 
+	lockdep_assert_held(&vx_mutex);
 	raw_spin_lock_irq(&vx_slot_lock);
 	list_splice_init(&vx_released, &released);
 	raw_spin_unlock_irq(&vx_slot_lock);
@@ -328,8 +346,9 @@ void vx_slots_reclaim(void)
 	/* A lookup may still stand on one of them; and the order of above. */
 	synchronize_rcu();
 	list_for_each_entry(s, &released, list) {
-		memset(s->pub, 0, sizeof(*s->pub));
-		s->pub->generation = s->generation;
+		/* All but the generation, which a reader may compare. */
+		memset_after(s->pub, 0, generation);
+		cond_resched();
 	}
 	raw_spin_lock_irq(&vx_slot_lock);
 	list_for_each_entry(s, &released, list)
@@ -348,15 +367,19 @@ void vx_slots_refill(void)
 {
 	u32 i;
 
+	lockdep_assert_held(&vx_mutex);
 	for (i = vx_header->slots_backed; i < vx_nr_slots; i++) {
 		struct vx_slot *s = &vx_slots[i];
 
 		if (READ_ONCE(vx_nr_free) >= pool)
 			break;
 		s->pub = alloc_pages_exact(sizeof(*s->pub), GFP_KERNEL |
-					   __GFP_ZERO | __GFP_NOWARN);
-		if (!s->pub)
+					   __GFP_ZERO | __GFP_NORETRY |
+					   __GFP_NOWARN);
+		if (!s->pub) {
+			WRITE_ONCE(vx_refill_after, jiffies + HZ);
 			break;
+		}
 		s->pub->generation = s->generation;
 		/* Pairs with vx_page(). */
 		smp_store_release(&vx_header->slots_backed, i + 1);
@@ -371,19 +394,21 @@ void vx_slots_refill(void)
 /**
  * vx_slots_trim - give the memory of free slots back
  *
- * vx_mutex held; no lease is held and the device is not open. Slots stay
- * numbered without gaps, so a slot keeps those below it.
+ * vx_mutex held; no lease is held. It ends when the device is opened. Slots
+ * stay numbered without gaps, so a slot that is in use keeps those below it.
  */
 void vx_slots_trim(void)
 {
 	u32 i;
 
+	lockdep_assert_held(&vx_mutex);
 	for (i = vx_header->slots_backed; i > 0; i--) {
 		struct vx_slot *s = &vx_slots[i - 1];
 		bool free;
 
 		raw_spin_lock_irq(&vx_slot_lock);
-		free = s->pub->state == VIRTEXIT_FREE;
+		free = !vx_nr_open && !list_empty(&s->list) &&
+		       s->pub->state == VIRTEXIT_FREE;
 		if (free) {
 			list_del_init(&s->list);
 			vx_nr_free--;
@@ -394,7 +419,28 @@ void vx_slots_trim(void)
 			break;
 		free_pages_exact(s->pub, sizeof(*s->pub));
 		s->pub = NULL;
+		cond_resched();
 	}
+}
+
+/**
+ * vx_slots_pin - a reader comes: what has memory keeps it
+ */
+void vx_slots_pin(void)
+{
+	raw_spin_lock_irq(&vx_slot_lock);
+	vx_nr_open++;
+	raw_spin_unlock_irq(&vx_slot_lock);
+}
+
+/**
+ * vx_slots_unpin - a reader goes
+ */
+void vx_slots_unpin(void)
+{
+	raw_spin_lock_irq(&vx_slot_lock);
+	vx_nr_open--;
+	raw_spin_unlock_irq(&vx_slot_lock);
 }
 
 /**
@@ -497,12 +543,11 @@ int vx_slots_init(void)
 	u32 i;
 
 	if (!slots || slots > VX_SLOTS_LIMIT) {
-		pr_err("virtexit: slots=%u: must be 1 to %u\n", slots,
-		       VX_SLOTS_LIMIT);
+		pr_err("slots=%u: must be 1 to %u\n", slots, VX_SLOTS_LIMIT);
 		return -EINVAL;
 	}
 	if (!pool) {
-		pr_err("virtexit: pool=0: must be at least 1\n");
+		pr_err("pool=0: must be at least 1\n");
 		return -EINVAL;
 	}
 	vx_nr_slots = slots;

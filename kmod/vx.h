@@ -24,18 +24,21 @@
 
 #define VX_VERSION "0.1.0"
 
+/* Later than any TSC, so that no time has passed since. */
+#define VX_NOT_ENTERED S64_MAX
+
 /**
  * struct vx_slot - what the module knows of a slot beyond its counters
  * @task: thread being counted; compared, never followed; NULL unless LIVE.
  *	It is written by that thread and, with no probe attached, by the
- *	detaching one: so whoever finds himself in it may use the slot.
+ *	detaching one: so a thread that finds itself in it may use the slot.
  * @vcpu_id: vCPU being counted
  * @index: of the slot
  * @generation: of its next or present use; survives the loss of its memory
  * @pub: its counters, mapped by readers; NULL when it has no memory
  * @row: of the exit that is being handled; NULL when there is none
  * @exit_tsc: when that exit occurred
- * @entry_tsc: when the guest was last entered; 0 when it is not running
+ * @entry_tsc: when the guest was entered; VX_NOT_ENTERED when it is not running
  * @hash: in vx_hash while LIVE
  * @list: on the list of free or retired slots
  * @event: on the list of slots whose state is to be announced
@@ -109,6 +112,7 @@ void vx_hook_update(void);
 void vx_hook_stat(struct vx_hook_stat *stat);
 
 /* reason.c */
+const char *vx_reason_vendor(void);
 u32 vx_reason_resolve(void);
 void vx_reason_forget(void);
 const char *vx_reason_unusable(u32 isa);
@@ -132,13 +136,14 @@ bool vx_slot_next_event(struct vx_slot_ref *ref);
 void vx_slot_stat(struct vx_slot_stat *stat);
 void vx_count_unattributed(void);
 void vx_count_refused(void);
+void vx_slots_pin(void);
+void vx_slots_unpin(void);
 struct page *vx_page(unsigned long pgoff);
 unsigned long vx_map_size(void);
 
 /* device.c */
 int vx_device_init(void);
 void vx_device_exit(void);
-bool vx_device_open_any(void);
 
 /* netlink.c */
 int vx_netlink_init(void);

@@ -78,7 +78,7 @@ type (
 		NumSlots      uint32
 		TSCKHz        uint32
 		SlotsBacked   uint32
-		Pad           uint32
+		Seq           uint32
 		Released      uint64
 		ReleasedSlots uint64
 	}

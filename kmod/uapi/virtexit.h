@@ -15,7 +15,7 @@
  *	header.slot_offset		header.nr_slots x struct virtexit_slot
  *
  * The header has its final values from the moment the device can be opened,
- * but for slots_backed and the counters released and released_slots. A program
+ * but for slots_backed, seq, released and released_slots. A program
  * maps the header first, checks magic and abi, and then maps
  * slot_offset + nr_slots * slot_size bytes. Slots below slots_backed have
  * memory and may be read; touching one beyond raises SIGBUS. slots_backed
@@ -38,9 +38,9 @@
  *
  * The rows [0, nr_rows) are in use, one for each exit reason that the thread
  * has taken, in order of first appearance. A row's count is the number of
- * exits; its histogram holds those whose handling has ended and was timed, so
- * that sum(hist) may be less than count: by one while an exit is handled, and
- * by all that were taken at level COUNT. Time is that between the exit and the
+ * exits; its histogram holds those whose handling
+ * has ended and was timed: not the one that is being handled, nor the one that
+ * was when the level fell to COUNT, nor any taken at that level. Time is that between the exit and the
  * next entry into the guest. hist[0] counts durations below
  * 2^(HIST_SHIFT + 1) cycles, hist[i] those in [2^(HIST_SHIFT + i),
  * 2^(HIST_SHIFT + i + 1)), the last one all that are longer.
@@ -53,14 +53,15 @@
  *	sum of count over the rows of all slots that are not FREE
  *	+ header.released + sum of unattributed and refused over all CPUs
  *
- * is the number of exits that the module has seen since it was loaded.
+ * is the number of exits that the module has seen since it was loaded. A
+ * reader sees it so when header.seq is even, and the same afterwards.
  *
  * CONTROL: generic netlink family "virtexit", version 1
  *
  * GET (anyone) answers with VERSION, ABI, LEVEL, HOOK, ISA, REFUSED (a
- * sentence; present only when KVM is there but is not counted), KVM (flag: the
- * kvm module is loaded), SLOTS_MAX, SLOTS_LIVE, SLOTS_RETIRED, SLOTS_BACKED,
- * LEASES.
+ * sentence; present only when KVM is there but is not counted as wished), KVM
+ * (flag: the kvm module is loaded), SLOTS_MAX, SLOTS_LIVE, SLOTS_RETIRED,
+ * SLOTS_BACKED, LEASES.
  *
  * LEASE (CAP_NET_ADMIN) with LEVEL makes the sending socket wish for that level;
  * level OFF gives the lease up, as does closing the socket. The kernel collects
@@ -214,7 +215,7 @@ struct virtexit_cpu {
  * @nr_slots: slots there can be
  * @tsc_khz: cycles per millisecond
  * @slots_backed: slots that have memory; grows
- * @pad: zero
+ * @seq: odd while a slot is being released
  * @released: exits counted in slots that have since been released
  * @released_slots: how many those were
  */
@@ -228,7 +229,7 @@ struct virtexit_header {
 	__u32 nr_slots;
 	__u32 tsc_khz;
 	__u32 slots_backed;
-	__u32 pad;
+	__u32 seq;
 	__u64 released;
 	__u64 released_slots;
 };

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"unsafe"
@@ -91,12 +92,16 @@ func (m *memory) snapshot() (*snapshot.Snapshot, error) {
 	// A release in between would have its counts appear twice, in the slot and
 	// in the header's sum, or not at all.
 	for range attempts {
-		before := atomic.LoadUint64(&m.header.ReleasedSlots)
+		before := atomic.LoadUint32(&m.header.Seq)
+		if before%2 != 0 {
+			runtime.Gosched() // a few stores, and it is over
+			continue
+		}
 		s, err := m.readAll()
 		if err != nil {
 			return nil, err
 		}
-		if atomic.LoadUint64(&m.header.ReleasedSlots) == before {
+		if atomic.LoadUint32(&m.header.Seq) == before {
 			return s, nil
 		}
 	}

@@ -5,13 +5,10 @@
 package cost
 
 import (
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime/debug"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,24 +18,20 @@ import (
 )
 
 // perExit is the least number of instructions, host's and guest's, that a
-// CPUID exit and the entry after it take. Two lengths of a program tell the
-// exits from what is around them; the least of many runs has no interrupt in it.
-func perExit(t *testing.T, v *guest.VCPU) float64 {
+// CPUID exit and the entry after it take: the guest reads the counter around
+// each of many, most of which no interrupt falls into.
+func perExit(t *testing.T, v *guest.VCPU) int {
 	t.Helper()
-	least := func(n uint32) uint64 {
-		p := guest.Program{Ops: []guest.Op{guest.CPUID(0, n)}}
-		best := uint64(math.MaxUint64)
-		for range 40 {
-			start := tsc()
-			if err := v.Run(p); err != nil {
-				t.Fatal(err)
-			}
-			best = min(best, tsc()-start)
-		}
-		return best
+	op := guest.CPUID(0, 3000)
+	op.Timed = true
+	if err := v.Run(guest.Program{Ops: []guest.Op{op}}); err != nil {
+		t.Fatal(err)
 	}
-	const short, long = 100, 600
-	return float64(least(long)-least(short)) / (long - short)
+	least, err := v.Least()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(least)
 }
 
 func modprobe(t *testing.T, args ...string) {
@@ -51,20 +44,16 @@ func modprobe(t *testing.T, args ...string) {
 // TestCost holds the module to the budgets of its design.
 func TestCost(t *testing.T) {
 	modprobe(t, "kvm_amd")
-	debug.SetGCPercent(-1)
-	time.Sleep(8 * time.Second) // what starts with the system has settled
-
 	vm, err := guest.NewVM(1)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer vm.Close()
 	v := vm.VCPUs[0]
-	perExit(t, v)
 	nothing := perExit(t, v)
-	t.Logf("nothing attached: %.1f instructions per CPUID exit", nothing)
+	t.Logf("nothing attached: %d instructions per CPUID exit", nothing)
 	if again := perExit(t, v); again != nothing {
-		t.Fatalf("the measure is not repeatable: %.3f, then %.3f", nothing, again)
+		t.Fatalf("the measure is not repeatable: %d, then %d", nothing, again)
 	}
 
 	var u unix.Utsname
@@ -85,7 +74,7 @@ func TestCost(t *testing.T) {
 		}
 	}()
 	if off := perExit(t, v); off != nothing {
-		t.Errorf("loaded and off: %+.3f instructions, want none", off-nothing)
+		t.Errorf("loaded and off: %+d instructions, want none", off-nothing)
 	}
 
 	s, err := kmod.Open()
@@ -95,15 +84,15 @@ func TestCost(t *testing.T) {
 	defer s.Close()
 	for _, step := range []struct {
 		level  source.Level
-		budget float64
+		budget int
 	}{{source.Count, 44}, {source.Time, 120}, {source.Off, 0}} {
 		if err := s.SetLevel(step.level); err != nil {
 			t.Fatal(err)
 		}
 		added := perExit(t, v) - nothing
-		t.Logf("level %d: %+.1f instructions, budget %.0f", step.level, added, step.budget)
+		t.Logf("level %d: %+d instructions, budget %d", step.level, added, step.budget)
 		if added > step.budget {
-			t.Errorf("level %d: %+.3f instructions per exit, budget %.0f", step.level, added, step.budget)
+			t.Errorf("level %d: %+d instructions per exit, budget %d", step.level, added, step.budget)
 		}
 	}
 }

@@ -4,6 +4,3 @@
 // tests run inside the lab on a CPU that counts them: with QEMU's -icount
 // shift=0 the time stamp counter moves by one for each instruction executed.
 package cost
-
-// tsc reads the time stamp counter.
-func tsc() uint64

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -20,81 +19,10 @@ import (
 	"virtexit/internal/source"
 	"virtexit/internal/source/kmod"
 	"virtexit/test/lab/guest"
+	"virtexit/test/lab/inside"
 )
 
-// vendor is what differs between CPUs in these tests.
-type vendor struct {
-	module string // KVM's
-	isa    exitreason.ISA
-	codes  map[string]uint32 // op of a guest program -> exit code
-}
-
-func host(t testing.TB) vendor {
-	t.Helper()
-	v, err := guest.HostVendor()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if v == guest.Intel {
-		return vendor{"kvm_intel", exitreason.VMX, map[string]uint32{
-			"cpuid": 10, "io": 30, "hlt": 12, "hypercall": 18, "rdmsr": 31, "mmio": 48}}
-	}
-	return vendor{"kvm_amd", exitreason.SVM, map[string]uint32{
-		"cpuid": 0x72, "io": 0x7b, "hlt": 0x78, "hypercall": 0x81, "rdmsr": 0x7c, "mmio": 0x400}}
-}
-
-func release(t testing.TB) string {
-	t.Helper()
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		t.Fatal(err)
-	}
-	return unix.ByteSliceToString(u.Release[:])
-}
-
-// insert loads a module from a file; one that is there already is left alone.
-func insert(t testing.TB, path, params string) {
-	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := unix.FinitModule(int(f.Fd()), params, 0); err != nil && !errors.Is(err, unix.EEXIST) {
-		t.Fatalf("load %s %s: %v", path, params, err)
-	}
-}
-
-func remove(t testing.TB, name string) {
-	t.Helper()
-	var err error
-	// Who closed the device last may still be on its way out.
-	for range 50 {
-		if err = unix.DeleteModule(name, unix.O_NONBLOCK); !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EBUSY) {
-			break
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
-	if err != nil && !errors.Is(err, unix.ENOENT) {
-		t.Fatalf("unload %s: %v", name, err)
-	}
-}
-
-func loadKVM(t testing.TB) {
-	t.Helper()
-	if out, err := exec.Command("modprobe", host(t).module).CombinedOutput(); err != nil {
-		t.Fatalf("modprobe %s: %v\n%s", host(t).module, err, out)
-	}
-}
-
-// load has virtexit.ko loaded with the given parameters, and KVM.
-func load(t testing.TB, params string) {
-	t.Helper()
-	loadKVM(t)
-	remove(t, "virtexit")
-	insert(t, filepath.Join("../../../build/kmod", release(t), "virtexit.ko"), params)
-	t.Cleanup(func() { remove(t, "virtexit") })
-}
+func TestMain(m *testing.M) { inside.Main(m) }
 
 func open(t testing.TB, level source.Level) *kmod.Source {
 	t.Helper()
@@ -159,30 +87,17 @@ func total(m map[uint32]uint64) (n uint64) {
 	return n
 }
 
-func eventually(t testing.TB, what string, within time.Duration, ok func() bool) time.Duration {
-	t.Helper()
-	start := time.Now()
-	for time.Since(start) < within {
-		if ok() {
-			return time.Since(start)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("not within %v: %s", within, what)
-	return 0
-}
-
 // scale lowers counts where the emulated CPU is slow.
 func scale(t testing.TB, n int) int {
-	if host(t).isa == exitreason.VMX {
+	if inside.Host(t).ISA == exitreason.VMX {
 		return n / 10
 	}
 	return n
 }
 
 func TestExactCounts(t *testing.T) {
-	load(t, "")
-	codes := host(t).codes
+	inside.Load(t, "")
+	codes := inside.Host(t).Codes
 	for _, level := range []source.Level{source.Count, source.Time} {
 		t.Run(fmt.Sprint("level ", level), func(t *testing.T) {
 			s := open(t, level)
@@ -196,7 +111,7 @@ func TestExactCounts(t *testing.T) {
 				op string
 				n  int
 			}{{"cpuid", n}, {"io", n/20 + n/25 + 1}, {"hlt", n / 50}, {"hypercall", n / 8}, {"rdmsr", n / 9}, {"mmio", n/200 + 1}} {
-				if want.op == "mmio" && host(t).isa == exitreason.VMX {
+				if want.op == "mmio" && inside.Host(t).ISA == exitreason.VMX {
 					// Without an entry for MMIO, EPT reports a violation first and a misconfiguration then.
 					if c := got[48] + got[49]; c < uint64(want.n) {
 						t.Errorf("mmio: %d exits, want at least %d", c, want.n)
@@ -221,8 +136,8 @@ func TestExactCounts(t *testing.T) {
 				if slot.TID != vm.VCPUs[0].TID() {
 					continue
 				}
-				if slot.Process.TGID != os.Getpid() || slot.VCPU != 0 || slot.ISA != host(t).isa {
-					t.Errorf("slot of %d vcpu %d isa %v, want %d, 0, %v", slot.Process.TGID, slot.VCPU, slot.ISA, os.Getpid(), host(t).isa)
+				if slot.Process.TGID != os.Getpid() || slot.VCPU != 0 || slot.ISA != inside.Host(t).ISA {
+					t.Errorf("slot of %d vcpu %d isa %v, want %d, 0, %v", slot.Process.TGID, slot.VCPU, slot.ISA, os.Getpid(), inside.Host(t).ISA)
 				}
 				timed := uint64(0)
 				for _, r := range slot.Rows {
@@ -248,7 +163,7 @@ func TestExactCounts(t *testing.T) {
 }
 
 func TestNeverMixed(t *testing.T) {
-	load(t, "")
+	inside.Load(t, "")
 	s := open(t, source.Time)
 	a, b := newVM(t, 2), newVM(t, 2)
 	want := map[int]int{}
@@ -270,14 +185,14 @@ func TestNeverMixed(t *testing.T) {
 	}
 	sn := snap(t, s)
 	for tid, n := range want {
-		if got := counts(sn, tid)[host(t).codes["cpuid"]]; got != uint64(n) {
+		if got := counts(sn, tid)[inside.Host(t).Codes["cpuid"]]; got != uint64(n) {
 			t.Errorf("thread %d: %d CPUID exits, want %d", tid, got, n)
 		}
 	}
 }
 
 func TestLevelsLoseNothing(t *testing.T) {
-	load(t, "")
+	inside.Load(t, "")
 	s := open(t, source.Count)
 	vm := newVM(t, 1)
 	const n = 40000
@@ -306,7 +221,7 @@ func TestLevelsLoseNothing(t *testing.T) {
 		t.Errorf("only %d changes of level while the guest ran", changes)
 	}
 	sn := snap(t, s)
-	if got := counts(sn, vm.VCPUs[0].TID())[host(t).codes["cpuid"]]; got != uint64(n) {
+	if got := counts(sn, vm.VCPUs[0].TID())[inside.Host(t).Codes["cpuid"]]; got != uint64(n) {
 		t.Errorf("%d CPUID exits over %d changes of level, want %d", got, changes, n)
 	}
 	for _, slot := range sn.Slots {
@@ -319,7 +234,7 @@ func TestLevelsLoseNothing(t *testing.T) {
 }
 
 func TestRetireAndRelease(t *testing.T) {
-	load(t, "")
+	inside.Load(t, "")
 	s := open(t, source.Time)
 	vm := newVM(t, 1)
 	run(t, vm.VCPUs[0], "cpuid:321")
@@ -328,7 +243,7 @@ func TestRetireAndRelease(t *testing.T) {
 		t.Fatal(err)
 	}
 	var dead *snapshot.Slot
-	eventually(t, "the slot of a dead thread is retired", 5*time.Second, func() bool {
+	inside.Eventually(t, "the slot of a dead thread is retired", 5*time.Second, func() bool {
 		sn := snap(t, s)
 		for i := range sn.Slots {
 			if sn.Slots[i].TID == tid && sn.Slots[i].Retired {
@@ -338,7 +253,7 @@ func TestRetireAndRelease(t *testing.T) {
 		return dead != nil
 	})
 	before := snap(t, s)
-	if got := counts(before, tid)[host(t).codes["cpuid"]]; got != 321 {
+	if got := counts(before, tid)[inside.Host(t).Codes["cpuid"]]; got != 321 {
 		t.Errorf("final count %d, want 321", got)
 	}
 	if err := s.Release([]snapshot.SlotID{dead.ID}); err != nil {
@@ -357,13 +272,13 @@ func TestRetireAndRelease(t *testing.T) {
 	// The memory of the slot serves again and shows nothing of the past.
 	vm = newVM(t, 1)
 	run(t, vm.VCPUs[0], "cpuid:7")
-	if got := counts(snap(t, s), vm.VCPUs[0].TID())[host(t).codes["cpuid"]]; got != 7 {
+	if got := counts(snap(t, s), vm.VCPUs[0].TID())[inside.Host(t).Codes["cpuid"]]; got != 7 {
 		t.Errorf("next guest: %d, want 7", got)
 	}
 }
 
 func TestOffRetiresAll(t *testing.T) {
-	load(t, "")
+	inside.Load(t, "")
 	s := open(t, source.Time)
 	vm := newVM(t, 2)
 	for _, v := range vm.VCPUs {
@@ -390,13 +305,13 @@ func TestOffRetiresAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, vm.VCPUs[0], "cpuid:100")
-	if got := counts(snap(t, s), vm.VCPUs[0].TID())[host(t).codes["cpuid"]]; got != 200 {
+	if got := counts(snap(t, s), vm.VCPUs[0].TID())[inside.Host(t).Codes["cpuid"]]; got != 200 {
 		t.Errorf("off for 100 of 300 exits: counted %d, want 200", got)
 	}
 }
 
 func TestPoolExhausted(t *testing.T) {
-	load(t, "slots=1")
+	inside.Load(t, "slots=1")
 	s := open(t, source.Time)
 	vm := newVM(t, 2)
 	run(t, vm.VCPUs[0], "cpuid:100")
@@ -416,7 +331,7 @@ func TestPoolExhausted(t *testing.T) {
 }
 
 func TestUnloadUnderLoad(t *testing.T) {
-	load(t, "")
+	inside.Load(t, "")
 	vm := newVM(t, 2)
 	for _, v := range vm.VCPUs {
 		p, err := guest.Parse("cpuid:100,out:0x80:10")
@@ -434,19 +349,19 @@ func TestUnloadUnderLoad(t *testing.T) {
 		if err := s.SetLevel(source.Time); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "exits are counted", 5*time.Second, func() bool { return snap(t, s).Exits() > 100 })
+		inside.Eventually(t, "exits are counted", 5*time.Second, func() bool { return snap(t, s).Exits() > 100 })
 		s.Close()
-		remove(t, "virtexit")
-		insert(t, filepath.Join("../../../build/kmod", release(t), "virtexit.ko"), "")
+		inside.Remove(t, "virtexit")
+		inside.Insert(t, "")
 	}
 }
 
 func TestKVMReload(t *testing.T) {
-	load(t, "")
+	inside.Load(t, "")
 	s := open(t, source.Time)
 	for range 3 {
-		remove(t, host(t).module)
-		remove(t, "kvm")
+		inside.Remove(t, inside.Host(t).Module)
+		inside.Remove(t, "kvm")
 		info, err := s.Info()
 		if err != nil {
 			t.Fatal(err)
@@ -454,13 +369,13 @@ func TestKVMReload(t *testing.T) {
 		if info.KVM || info.Level != source.Off || info.ISA != exitreason.None {
 			t.Errorf("without KVM: %+v", info)
 		}
-		loadKVM(t)
+		inside.LoadKVM(t)
 		vm, err := guest.NewVM(1)
 		if err != nil {
 			t.Fatal(err)
 		}
 		run(t, vm.VCPUs[0], "cpuid:50")
-		if got := counts(snap(t, s), vm.VCPUs[0].TID())[host(t).codes["cpuid"]]; got != 50 {
+		if got := counts(snap(t, s), vm.VCPUs[0].TID())[inside.Host(t).Codes["cpuid"]]; got != 50 {
 			t.Errorf("after reload: %d, want 50", got)
 		}
 		if err := vm.Close(); err != nil {
@@ -469,8 +384,74 @@ func TestKVMReload(t *testing.T) {
 	}
 }
 
+// KVM refuses the module of the other vendor, which has come by then.
+func TestOtherVendorRefused(t *testing.T) {
+	inside.Load(t, "")
+	s := open(t, source.Time)
+	vm := newVM(t, 1)
+	run(t, vm.VCPUs[0], "cpuid:10")
+	other := "kvm_intel"
+	if inside.Host(t).Module == other {
+		other = "kvm_amd"
+	}
+	if out, err := exec.Command("modprobe", other).CombinedOutput(); err == nil {
+		t.Fatalf("%s was not refused: %s", other, out)
+	}
+	run(t, vm.VCPUs[0], "cpuid:10")
+	sn := snap(t, s)
+	if got := counts(sn, vm.VCPUs[0].TID())[inside.Host(t).Codes["cpuid"]]; got != 20 {
+		t.Errorf("%d CPUID exits, want 20", got)
+	}
+	if len(sn.Slots) != 1 {
+		t.Errorf("%d slots, want the one that there was", len(sn.Slots))
+	}
+}
+
+// A vCPU thread that executes another program keeps its task, but is no longer
+// what it was.
+func TestExecRetires(t *testing.T) {
+	inside.Load(t, "")
+	s := open(t, source.Time)
+	child, err := os.StartProcess("/proc/self/exe", []string{"kernel", "-test.run=^TestRunAndExec$"}, &os.ProcAttr{
+		Env: append(os.Environ(), "VIRTEXIT_TEST_RUN_AND_EXEC=1"), Files: []*os.File{nil, os.Stdout, os.Stderr}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	inside.Eventually(t, "the slot retires while its thread lives", 20*time.Second, func() bool {
+		for _, slot := range snap(t, s).Slots {
+			if slot.Process.TGID == child.Pid {
+				return slot.Retired
+			}
+		}
+		return false
+	})
+	comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", child.Pid))
+	if err != nil || string(comm) != "sleep\n" {
+		t.Errorf("the process is %q, %v; want sleep", comm, err)
+	}
+	if err := child.Kill(); err != nil {
+		t.Error(err)
+	}
+	if _, err := child.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRunAndExec is the other process of TestExecRetires.
+func TestRunAndExec(t *testing.T) {
+	if os.Getenv("VIRTEXIT_TEST_RUN_AND_EXEC") == "" {
+		return
+	}
+	vm, err := guest.NewVM(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, vm.VCPUs[0], "cpuid:10")
+	t.Fatal(vm.VCPUs[0].Do(func() error { return unix.Exec("/bin/sleep", []string{"sleep", "60"}, nil) }))
+}
+
 func TestLeaseDiesWithItsProcess(t *testing.T) {
-	load(t, "")
+	inside.Load(t, "")
 	watch, err := kmod.Open()
 	if err != nil {
 		t.Fatal(err)
@@ -488,11 +469,11 @@ func TestLeaseDiesWithItsProcess(t *testing.T) {
 		}
 		return info.Level
 	}
-	eventually(t, "the child's lease is in force", 20*time.Second, func() bool { return level() == source.Time })
+	inside.Eventually(t, "the child's lease is in force", 20*time.Second, func() bool { return level() == source.Time })
 	if err := child.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	t.Log("off after ", eventually(t, "the lease ends with its process", time.Second, func() bool { return level() == source.Off }))
+	t.Log("off after ", inside.Eventually(t, "the lease ends with its process", time.Second, func() bool { return level() == source.Off }))
 	if _, err := child.Wait(); err != nil {
 		t.Fatal(err)
 	}
@@ -508,7 +489,7 @@ func TestHoldLease(t *testing.T) {
 }
 
 func TestMappingIsReadOnly(t *testing.T) {
-	load(t, "slots=64")
+	inside.Load(t, "slots=64")
 	f, err := os.Open("/dev/virtexit")
 	if err != nil {
 		t.Fatal(err)

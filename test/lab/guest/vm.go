@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// VM is a virtual machine of KVM without interrupt controller: 64 KiB of memory for its programs, and vCPUs.
+type VM struct {
+	VCPUs []*VCPU
+
+	vendor Vendor
+	fd     *os.File
+	memory []byte
+}
+
+// VCPU is a virtual CPU with an operating system thread of its own, which lives from NewVM to Close, be a program
+// running or not.
+type VCPU struct {
+	vm   *VM
+	base int // of its programs in the VM's memory
+	size int
+	fd   *os.File
+	run  []byte // struct kvm_run, shared with the kernel
+	tid  int
+
+	start chan func() error
+	ended chan error
+	dead  chan struct{}
+	stop  atomic.Bool
+}
+
+// From linux/kvm.h.
+const (
+	kvmCreateVM            = 0xae01
+	kvmGetVCPUMmapSize     = 0xae04
+	kvmCreateVCPU          = 0xae41
+	kvmSetUserMemoryRegion = 0x4020ae46
+	kvmSetTSSAddr          = 0xae47
+	kvmSetIdentityMapAddr  = 0x4008ae48
+	kvmRun                 = 0xae80
+	kvmGetRegs             = 0x8090ae81
+	kvmSetRegs             = 0x4090ae82
+	kvmGetSregs            = 0x8138ae83
+	kvmSetSregs            = 0x4138ae84
+	kvmGetStatsFD          = 0xaece
+
+	exitIO   = 2
+	exitHLT  = 5
+	exitMMIO = 6
+
+	runImmediateExit = 1 // offsets in struct kvm_run
+	runExitReason    = 8
+	runUnion         = 32
+	runIOPort        = runUnion + 2
+)
+
+type memoryRegion struct {
+	slot, flags                 uint32
+	guestAddr, size, memoryAddr uint64
+}
+
+type segment struct {
+	base     uint64
+	limit    uint32
+	selector uint16
+	_        [10]byte
+}
+
+type sregs struct {
+	cs segment
+	_  [288]byte
+}
+
+type regs struct {
+	rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp uint64
+	r                                      [8]uint64
+	rip, rflags                            uint64
+}
+
+// NewVM makes a VM whose vCPU threads wait for programs.
+func NewVM(vcpus int) (*VM, error) {
+	vendor, err := HostVendor()
+	if err != nil {
+		return nil, err
+	}
+	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer kvm.Close()
+	vm := &VM{vendor: vendor}
+	if err := vm.init(kvm, vcpus); err != nil {
+		return nil, errors.Join(err, vm.Close())
+	}
+	return vm, nil
+}
+
+func (vm *VM) init(kvm *os.File, vcpus int) error {
+	var err error
+	if vm.fd, err = create(kvm, "KVM_CREATE_VM", kvmCreateVM, 0); err != nil {
+		return err
+	}
+	// Intel CPUs that cannot run real mode natively want three pages and one more, out of the programs' way.
+	const identityMap, tss = 0xfffbc000, 0xfffbd000
+	at := uint64(identityMap)
+	if err := ioctlPtr(vm.fd, "KVM_SET_IDENTITY_MAP_ADDR", kvmSetIdentityMapAddr, unsafe.Pointer(&at)); err != nil {
+		return err
+	}
+	if _, err := ioctl(vm.fd, "KVM_SET_TSS_ADDR", kvmSetTSSAddr, tss); err != nil {
+		return err
+	}
+	vm.memory, err = unix.Mmap(-1, 0, romSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return fmt.Errorf("guest memory: %w", err)
+	}
+	region := memoryRegion{guestAddr: romAddr, size: romSize, memoryAddr: uint64(uintptr(unsafe.Pointer(&vm.memory[0])))}
+	if err := ioctlPtr(vm.fd, "KVM_SET_USER_MEMORY_REGION", kvmSetUserMemoryRegion, unsafe.Pointer(&region)); err != nil {
+		return err
+	}
+	size, err := ioctl(kvm, "KVM_GET_VCPU_MMAP_SIZE", kvmGetVCPUMmapSize, 0)
+	if err != nil {
+		return err
+	}
+	for i := range vcpus {
+		v := &VCPU{
+			vm:    vm,
+			size:  romSize / vcpus,
+			base:  romSize / vcpus * i,
+			start: make(chan func() error),
+			ended: make(chan error, 1),
+			dead:  make(chan struct{}),
+		}
+		if v.fd, err = create(vm.fd, "KVM_CREATE_VCPU", kvmCreateVCPU, uintptr(i)); err != nil {
+			return err
+		}
+		v.run, err = unix.Mmap(int(v.fd.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		if err != nil {
+			v.fd.Close()
+			return fmt.Errorf("map kvm_run: %w", err)
+		}
+		vm.VCPUs = append(vm.VCPUs, v)
+		tid := make(chan int)
+		go v.thread(tid)
+		v.tid = <-tid
+	}
+	return nil
+}
+
+// Close stops what runs, ends the vCPU threads and frees the VM.
+func (vm *VM) Close() error {
+	var errs []error
+	for _, v := range vm.VCPUs {
+		v.Stop()
+		close(v.start)
+		<-v.dead
+		errs = append(errs, unix.Munmap(v.run), v.fd.Close())
+	}
+	vm.VCPUs = nil
+	if vm.fd != nil {
+		errs = append(errs, vm.fd.Close())
+	}
+	if vm.memory != nil {
+		errs = append(errs, unix.Munmap(vm.memory))
+	}
+	return errors.Join(errs...)
+}
+
+// TID is the id of the vCPU's thread.
+func (v *VCPU) TID() int { return v.tid }
+
+// Start makes the vCPU's thread run a program. The program before it must have been waited for.
+func (v *VCPU) Start(p Program) {
+	v.stop.Store(false)
+	v.run[runImmediateExit] = 0
+	v.start <- func() error { return v.execute(p) }
+}
+
+// Wait waits until the program has ended or has been stopped. The thread stays.
+func (v *VCPU) Wait() error { return <-v.ended }
+
+// Run is Start and Wait.
+func (v *VCPU) Run(p Program) error {
+	v.Start(p)
+	return v.Wait()
+}
+
+// Do runs a function on the vCPU's thread, where no program may run meanwhile.
+func (v *VCPU) Do(f func() error) error {
+	v.start <- f
+	return v.Wait()
+}
+
+// Stop ends the vCPU's program early, if one runs. It must be waited for all the same.
+func (v *VCPU) Stop() {
+	v.stop.Store(true)
+	v.run[runImmediateExit] = 1 // in case that the signal comes right before KVM_RUN
+	// Go's runtime ignores this signal when it did not ask for it; KVM_RUN returns for any.
+	unix.Tgkill(os.Getpid(), v.tid, unix.SIGURG)
+}
+
+// Least is the least number of TSC ticks that an execution of a timed op took in the program that ended last. It is below
+// 1<<32.
+func (v *VCPU) Least() (uint32, error) {
+	var r regs
+	if err := ioctlPtr(v.fd, "KVM_GET_REGS", kvmGetRegs, unsafe.Pointer(&r)); err != nil {
+		return 0, err
+	}
+	return uint32(r.rbp), nil
+}
+
+// Stats reads KVM's own statistics of the vCPU by name, such as "exits". Of a histogram it gives the first bucket.
+func (v *VCPU) Stats() (map[string]uint64, error) {
+	fd, err := create(v.fd, "KVM_GET_STATS_FD", kvmGetStatsFD, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer fd.Close()
+	var header struct{ Flags, NameSize, Descs, IDAt, DescsAt, DataAt uint32 }
+	if err := binary.Read(io.NewSectionReader(fd, 0, 24), binary.NativeEndian, &header); err != nil {
+		return nil, fmt.Errorf("statistics: %w", err)
+	}
+	stats := map[string]uint64{}
+	for i := range header.Descs {
+		var desc struct {
+			Flags            uint32
+			Exponent         int16
+			Size             uint16
+			Offset, Interval uint32
+		}
+		name := make([]byte, header.NameSize)
+		var value uint64
+		size := int64(16 + header.NameSize)
+		at := io.NewSectionReader(fd, int64(header.DescsAt)+int64(i)*size, size)
+		err := errors.Join(
+			binary.Read(at, binary.NativeEndian, &desc),
+			binary.Read(at, binary.NativeEndian, name),
+			binary.Read(io.NewSectionReader(fd, int64(header.DataAt+desc.Offset), 8), binary.NativeEndian, &value))
+		if err != nil {
+			return nil, fmt.Errorf("statistics: %w", err)
+		}
+		stats[string(bytes.TrimRight(name, "\x00"))] = value
+	}
+	return stats, nil
+}
+
+// thread runs programs until start is closed. It ends locked to its thread, which therefore ends with it.
+func (v *VCPU) thread(tid chan<- int) {
+	runtime.LockOSThread()
+	defer close(v.dead)
+	tid <- unix.Gettid()
+	for work := range v.start {
+		v.ended <- work()
+	}
+}
+
+func (v *VCPU) execute(p Program) error {
+	code, err := p.assemble(v.vm.vendor, endOut)
+	if err != nil {
+		return err
+	}
+	if len(code) > v.size {
+		return fmt.Errorf("program takes %d bytes, more than %d", len(code), v.size)
+	}
+	copy(v.vm.memory[v.base:], code)
+	var s sregs
+	if err := ioctlPtr(v.fd, "KVM_GET_SREGS", kvmGetSregs, unsafe.Pointer(&s)); err != nil {
+		return err
+	}
+	s.cs.base, s.cs.selector = romAddr, romSegment
+	if err := ioctlPtr(v.fd, "KVM_SET_SREGS", kvmSetSregs, unsafe.Pointer(&s)); err != nil {
+		return err
+	}
+	r := regs{rip: uint64(v.base), rflags: 2}
+	if err := ioctlPtr(v.fd, "KVM_SET_REGS", kvmSetRegs, unsafe.Pointer(&r)); err != nil {
+		return err
+	}
+	for !v.stop.Load() {
+		_, err := ioctl(v.fd, "KVM_RUN", kvmRun, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		switch reason := binary.NativeEndian.Uint32(v.run[runExitReason:]); reason {
+		case exitIO:
+			if binary.NativeEndian.Uint16(v.run[runIOPort:]) == EndPort {
+				return nil
+			}
+		case exitHLT, exitMMIO:
+		default:
+			return fmt.Errorf("KVM_RUN: exit reason %d, detail % x", reason, v.run[runUnion:runUnion+16])
+		}
+	}
+	return nil
+}
+
+// create is an ioctl that returns a file.
+func create(f *os.File, name string, request, arg uintptr) (*os.File, error) {
+	fd, err := ioctl(f, name, request, arg)
+	if err != nil {
+		return nil, err
+	}
+	unix.CloseOnExec(int(fd))
+	return os.NewFile(fd, name), nil
+}
+
+func ioctl(f *os.File, name string, request, arg uintptr) (uintptr, error) {
+	r, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, arg)
+	runtime.KeepAlive(f)
+	if errno != 0 {
+		return 0, fmt.Errorf("%s: %w", name, errno)
+	}
+	return r, nil
+}
+
+func ioctlPtr(f *os.File, name string, request uintptr, arg unsafe.Pointer) error {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(arg))
+	runtime.KeepAlive(f)
+	if errno != 0 {
+		return fmt.Errorf("%s: %w", name, errno)
+	}
+	return nil
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package inside
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"virtexit/test/lab/guest"
+)
+
+// guestVar makes a test binary a guest with that many vCPUs.
+const guestVar = "VIRTEXIT_TEST_GUEST"
+
+// IsGuest tells whether this process is a Guest.
+func IsGuest() bool { return os.Getenv(guestVar) != "" }
+
+// Main is TestMain for packages that use Guest.
+func Main(m *testing.M) {
+	if !IsGuest() {
+		os.Exit(m.Run())
+	}
+	if err := serve(os.Getenv(guestVar), os.Stdin, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "guest:", err)
+		os.Exit(1)
+	}
+}
+
+// Guest is a user of /dev/kvm, without QEMU or libvirt, in a process of its
+// own: the test binary, started again. The process reads lines "VCPU PROGRAM",
+// where the program is one of guest.Parse, and answers "VCPU ERROR" at its end.
+type Guest struct {
+	cmd     *exec.Cmd
+	tids    []int
+	answers []chan string
+	close   func() error
+
+	mu   sync.Mutex // one line at a time
+	work io.WriteCloser
+}
+
+// StartGuest starts a process whose vCPUs wait for programs.
+func StartGuest(vcpus int) (*Guest, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	g := &Guest{cmd: exec.Command(exe)}
+	g.cmd.Env = append(os.Environ(), guestVar+"="+strconv.Itoa(vcpus))
+	g.cmd.Stderr = os.Stderr
+	if g.work, err = g.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	out, err := g.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := g.cmd.Start(); err != nil {
+		return nil, err
+	}
+	g.close = sync.OnceValue(func() error { return errors.Join(g.work.Close(), g.cmd.Wait()) })
+	lines := bufio.NewScanner(out)
+	for i := range vcpus {
+		tid := 0
+		if lines.Scan() {
+			tid, err = strconv.Atoi(lines.Text())
+		}
+		if tid == 0 {
+			return nil, errors.Join(fmt.Errorf("guest: no thread for vCPU %d", i), err, g.Close())
+		}
+		g.tids = append(g.tids, tid)
+		g.answers = append(g.answers, make(chan string, 1))
+	}
+	go func() {
+		for lines.Scan() {
+			vcpu, text, _ := strings.Cut(lines.Text(), " ")
+			if i, err := strconv.Atoi(vcpu); err == nil {
+				g.answers[i] <- text
+			}
+		}
+		for _, answer := range g.answers {
+			close(answer)
+		}
+	}()
+	return g, nil
+}
+
+// TGID is the process.
+func (g *Guest) TGID() int { return g.cmd.Process.Pid }
+
+// TID is a vCPU's thread.
+func (g *Guest) TID(vcpu int) int { return g.tids[vcpu] }
+
+// Run runs a program on a vCPU to its end. Several vCPUs can run at a time.
+func (g *Guest) Run(vcpu int, program string) error {
+	g.mu.Lock()
+	_, err := fmt.Fprintln(g.work, vcpu, program)
+	g.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	text, ok := <-g.answers[vcpu]
+	if !ok {
+		return errors.New("guest: the process has ended")
+	}
+	if text != "" {
+		return fmt.Errorf("guest: vCPU %d: %s", vcpu, text)
+	}
+	return nil
+}
+
+// Close ends the process and returns when it is gone. It may be called again.
+func (g *Guest) Close() error { return g.close() }
+
+// serve is the process.
+func serve(vcpus string, in io.Reader, out io.Writer) error {
+	n, err := strconv.Atoi(vcpus)
+	if err != nil {
+		return err
+	}
+	vm, err := guest.NewVM(n)
+	if err != nil {
+		return err
+	}
+	for _, v := range vm.VCPUs {
+		fmt.Fprintln(out, v.TID())
+	}
+	var running sync.WaitGroup
+	lines := bufio.NewScanner(in)
+	for lines.Scan() {
+		number, text, _ := strings.Cut(lines.Text(), " ")
+		i, err := strconv.Atoi(number)
+		if err != nil {
+			return err
+		}
+		running.Go(func() {
+			p, err := guest.Parse(text)
+			if err == nil {
+				err = vm.VCPUs[i].Run(p)
+			}
+			if err != nil {
+				fmt.Fprintln(out, i, err)
+				return
+			}
+			fmt.Fprintf(out, "%d \n", i)
+		})
+	}
+	running.Wait()
+	return errors.Join(lines.Err(), vm.Close())
+}
