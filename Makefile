@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+#	make demo	virtexit at work, in an emulated machine with real guests
+#	make test	every test, those in the lab included
+#	make lab	a root shell in that machine
+#	make build	bin/virtexitd, bin/virtexit
+#	make kmod	build/kmod/$(KVER)/virtexit.ko
+#	make install	onto this host: PREFIX, DESTDIR
+
+VERSION := $(shell sed -n 's/^\#define VX_VERSION "\(.*\)"/\1/p' kmod/vx.h)
+KVER    ?= $(shell uname -r)
+PREFIX  ?= /usr
+DESTDIR ?=
+GO      ?= go
+TAGS    := libvirt_dlopen
+
+# What a fresh Debian 12 with Go and gcc lacks.
+PACKAGES_build := libc6-dev pkg-config libvirt-dev
+PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod
+PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
+	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
+	bsdutils procps iproute2 sparse
+
+LAB := build/lab/bin/lab
+# The releases that the lab boots and virtexit.ko is built for.
+SERIES  := 6.1 6.12
+release  = $$($(LAB) kernel --kernel $(1) | cut -d' ' -f1)
+
+.PHONY: build kmod kmods demo lab test generate install uninstall clean distclean $(LAB)
+
+build: packages-build
+	$(GO) build -trimpath -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
+
+# Each kernel has a copy of its own to be built in.
+kmod: packages-kmod $(LAB)
+	@mkdir -p build/kmod/$(KVER)
+	@cp -ru kmod/* build/kmod/$(KVER)/
+	$(MAKE) -C "$$($(LAB) headers $(KVER))" M=$(CURDIR)/build/kmod/$(KVER) $(KFLAGS) modules
+
+kmods: packages-lab $(LAB)
+	@set -e; for series in $(SERIES); do $(MAKE) --no-print-directory kmod KVER=$(call release,$$series); done
+
+demo: packages-lab build $(LAB)
+	@echo "# unpacking Debian's kernel, building virtexit.ko for it"
+	@$(MAKE) -s --no-print-directory kmod KVER=$(call release,"")
+	@echo "# booting the lab"
+	@set -- $$($(LAB) kernel) && $(LAB) run --timeout 10m -- test/lab/demo.sh $$2/boot/vmlinuz-$$1
+
+lab: packages-lab build $(LAB)
+	@$(MAKE) -s --no-print-directory kmod KVER=$(call release,"")
+	$(LAB) shell
+
+# W=1 and C=1: the compiler and sparse have nothing to say, or the build fails.
+test: packages-lab build
+	@$(MAKE) --no-print-directory kmods KFLAGS="W=1 C=1 CF=-Wsparse-error"
+	$(GO) vet -tags $(TAGS) ./...
+	$(GO) vet -tags $(TAGS),lab ./...
+	$(GO) tool staticcheck -tags $(TAGS),lab ./...
+	$(GO) test -tags $(TAGS) -race -timeout 80m ./...
+
+$(LAB):
+	@$(GO) build -o $@ ./test/lab/cmd
+	@CGO_ENABLED=0 $(GO) build -o build/lab/bin/guest ./test/lab/guest/cmd
+
+# Onto this host; with DESTDIR into a folder, and nothing of the host is touched.
+UNIT     := $(PREFIX)/lib/systemd/system/virtexitd.service
+CONF     := /etc/virtexit/virtexitd.yaml
+KMOD_SRC := /usr/src/virtexit-$(VERSION)
+
+install: build
+	install -D -t $(DESTDIR)$(PREFIX)/bin bin/virtexit
+	install -D -t $(DESTDIR)$(PREFIX)/sbin bin/virtexitd
+	install -D -m 644 configs/systemd/virtexitd.service $(DESTDIR)$(UNIT)
+	sed -i 's,^ExecStart=/usr/sbin/,ExecStart=$(PREFIX)/sbin/,' $(DESTDIR)$(UNIT)
+	@# What an administrator has edited stays; the new one is put beside it.
+	@if [ ! -e $(DESTDIR)$(CONF) ] || cmp -s configs/virtexitd.yaml $(DESTDIR)$(CONF); then \
+		install -D -m 644 configs/virtexitd.yaml $(DESTDIR)$(CONF); \
+	else \
+		install -m 644 configs/virtexitd.yaml $(DESTDIR)$(CONF).new; \
+		echo "$(CONF) differs and is kept; the new one is $(CONF).new"; \
+	fi
+	install -D -m 644 -t $(DESTDIR)$(KMOD_SRC) kmod/*.c kmod/*.h kmod/Kbuild kmod/Makefile kmod/dkms.conf
+	install -D -m 644 -t $(DESTDIR)$(KMOD_SRC)/uapi kmod/uapi/*.h
+ifeq ($(DESTDIR),)
+	@if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	@if ! command -v dkms >/dev/null; then \
+		echo "virtexit.ko is not installed: dkms is missing. Either"; \
+		echo "  apt-get install dkms linux-headers-$(KVER) && make install"; \
+		echo "or, for this kernel alone,"; \
+		echo "  make kmod && insmod build/kmod/$(KVER)/virtexit.ko"; \
+	else \
+		{ [ -n "$$(dkms status virtexit/$(VERSION))" ] || dkms add virtexit/$(VERSION); } && \
+		dkms build --force virtexit/$(VERSION) -k $(KVER) && dkms install --force virtexit/$(VERSION) -k $(KVER) && \
+		echo "Now: systemctl enable --now virtexitd"; \
+	fi
+endif
+
+uninstall:
+ifeq ($(DESTDIR),)
+	@if [ -d /run/systemd/system ]; then systemctl disable --now virtexitd || true; fi
+	@if command -v dkms >/dev/null && [ -n "$$(dkms status virtexit/$(VERSION))" ]; then dkms remove virtexit/$(VERSION) --all; fi
+	@rmmod virtexit 2>/dev/null || true
+endif
+	rm -f $(DESTDIR)$(PREFIX)/bin/virtexit $(DESTDIR)$(PREFIX)/sbin/virtexitd $(DESTDIR)$(UNIT) $(DESTDIR)$(CONF).new
+	rm -rf $(DESTDIR)$(KMOD_SRC)
+	@if cmp -s configs/virtexitd.yaml $(DESTDIR)$(CONF); then rm -r $(DESTDIR)$(dir $(CONF)); \
+	elif [ -e $(DESTDIR)$(CONF) ]; then echo "$(CONF) has been edited and is kept"; fi
+
+generate:
+	$(GO) generate ./internal/abi
+
+# Installs what is missing; lists of packages older than a day are renewed, since old kernels vanish from the archive.
+packages-%:
+	@command -v dpkg-query >/dev/null || exit 0; \
+	missing=$$(for p in $(PACKAGES_$*); do \
+		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	[ -n "$$missing" ] || [ $* = lab ] || exit 0; \
+	if [ -z "$$(find /var/lib/apt/lists -maxdepth 1 -name '*_Packages*' -mtime -1 2>/dev/null)" ]; then \
+		echo "# apt-get update"; apt-get -qq update; fi; \
+	[ -n "$$missing" ] || exit 0; \
+	echo "# installing" $$missing; \
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null
+
+clean:
+	rm -rf bin build/kmod build/lab/bin build/lab/logs
+
+# And the unpacked kernels.
+distclean: clean
+	rm -rf build

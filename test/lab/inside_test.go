@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// TestInside boots each machine once and runs there the tests that need one. "make test" has built what they use.
+func TestInside(t *testing.T) {
+	const pkg = "virtexit/test/lab/"
+	for _, m := range []struct {
+		name   string
+		pkg    string
+		config Config
+	}{
+		// The longest first, for two run at a time.
+		{"kernel/6.1 VMX", pkg + "kernel", Config{Kernel: "6.1", Emulator: Bochs, Timeout: 20 * time.Minute}},
+		{"system/6.1 SVM", pkg + "system", Config{Kernel: "6.1", Timeout: 20 * time.Minute}},
+		{"vmmap/6.1 SVM", "virtexit/vmmap", Config{Kernel: "6.1", Timeout: 15 * time.Minute}},
+		{"kernel/6.1 SVM", pkg + "kernel", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
+		{"kernel/6.12 SVM", pkg + "kernel", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},
+		{"guest/6.1 SVM", pkg + "guest", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
+		{"guest/6.12 SVM", pkg + "guest", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},
+		{"cost/6.1 SVM", pkg + "cost", Config{Kernel: "6.1", Icount: true, Timeout: 10 * time.Minute}},
+		{"cost/6.12 SVM", pkg + "cost", Config{Kernel: "6.12", Icount: true, Timeout: 10 * time.Minute}},
+	} {
+		t.Run(m.name, func(t *testing.T) {
+			t.Parallel()
+			m.config.Require(t)
+			if m.config.Emulator == Bochs {
+				k, err := FindKernel(m.config.Kernel)
+				if err != nil {
+					t.Fatal(err)
+				}
+				ko, err := filepath.Abs(filepath.Join("../../build/kmod", k.Release, "virtexit.ko"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				m.config.Files = []string{ko}
+				m.config.Modules = []string{"kvm_intel"}
+			}
+			RunTests(t, m.config, m.pkg, "-tags=lab,libvirt_dlopen")
+		})
+	}
+}

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+)
+
+// KernelVar names the environment variable that chooses the kernel where Config.Kernel is empty.
+const KernelVar = "VIRTEXIT_LAB_KERNEL"
+
+// DefaultKernel is booted where neither Config.Kernel nor the environment names one.
+const DefaultKernel = "6.1"
+
+// Kernel is a Debian kernel package, unpacked but not installed.
+type Kernel struct {
+	Release string // as uname -r prints it
+	Dir     string // the package's root: boot/ and lib/ are below
+}
+
+// Image is the path of the bootable kernel.
+func (k Kernel) Image() string { return filepath.Join(k.Dir, "boot", "vmlinuz-"+k.Release) }
+
+// Modules is the path of the module tree, with modules.dep.
+func (k Kernel) Modules() string { return filepath.Join(k.Dir, "lib", "modules", k.Release) }
+
+// FindKernel fetches the kernel with apt, unless a former call has, and unpacks it below build/lab. The version is a
+// series such as "6.1", of which it takes the release that Debian's own package depends on, or a complete release such
+// as "6.1.0-56-amd64". Empty means $VIRTEXIT_LAB_KERNEL, then DefaultKernel.
+func FindKernel(version string) (Kernel, error) {
+	release, err := resolve(cmp.Or(version, os.Getenv(KernelVar), DefaultKernel))
+	if err != nil {
+		return Kernel{}, err
+	}
+	cache, unlock, err := lockedCache("kernels")
+	if err != nil {
+		return Kernel{}, err
+	}
+	defer unlock()
+	k := Kernel{release, filepath.Join(cache, release)}
+	if !exists(k.Dir) {
+		if err := k.fetch(); err != nil {
+			return Kernel{}, fmt.Errorf("fetch kernel %s: %w", release, err)
+		}
+	}
+	return k, nil
+}
+
+var series = regexp.MustCompile(`^\d+\.\d+$`)
+
+// resolve turns a series into a release. The series that a Debian release ships has no meta package with its number.
+func resolve(version string) (string, error) {
+	if !series.MatchString(version) {
+		return version, nil
+	}
+	for _, meta := range []string{"linux-image-" + version + "-amd64", "linux-image-amd64"} {
+		out, err := exec.Command("apt-cache", "depends", "--important", meta).Output()
+		if errors.Is(err, exec.ErrNotFound) {
+			return "", fmt.Errorf("find a kernel of series %s: %w", version, err)
+		}
+		for line := range strings.Lines(string(out)) {
+			release, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: linux-image-")
+			if ok && strings.HasPrefix(release, version+".") {
+				return release, nil
+			}
+		}
+	}
+	return "", fmt.Errorf("apt knows no kernel of series %s (has apt-get update been run?)", version)
+}
+
+// fetch makes k.Dir appear complete or not at all.
+func (k Kernel) fetch() error {
+	return unpack(k.Dir, []string{"linux-image-" + k.Release}, func(root string) error {
+		return run(root, "depmod", "-b", root, k.Release)
+	})
+}
+
+// unpack downloads packages with apt and unpacks them below dir, without installing them. The directory appears when all
+// is there and finish has succeeded, or not at all.
+func unpack(dir string, packages []string, finish func(root string) error) error {
+	tmp, err := os.MkdirTemp(filepath.Dir(dir), "fetch-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return err
+	}
+	// apt's own user may not write below a private directory.
+	args := append([]string{"download", "-qq", "-o", "APT::Sandbox::User=root"}, packages...)
+	if err := run(tmp, "apt-get", args...); err != nil {
+		return err
+	}
+	debs, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
+	if err != nil || len(debs) != len(packages) {
+		return fmt.Errorf("apt-get download left %d packages, want %d", len(debs), len(packages))
+	}
+	root := filepath.Join(tmp, "root")
+	for _, deb := range debs {
+		if err := run(tmp, "dpkg-deb", "-x", deb, root); err != nil {
+			return err
+		}
+	}
+	if err := finish(root); err != nil {
+		return err
+	}
+	return os.Rename(root, dir)
+}
+
+// FindHeaders returns the directory to build modules for a release in: that of the running system where it has one for
+// this release, otherwise Debian's header packages, fetched with apt and unpacked below build/lab.
+func FindHeaders(release string) (string, error) {
+	if dir := filepath.Join("/lib/modules", release, "build"); exists(filepath.Join(dir, "Makefile")) {
+		return dir, nil
+	}
+	cache, unlock, err := lockedCache("headers")
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	dir := filepath.Join(cache, release)
+	headers := filepath.Join(dir, "usr/src/linux-headers-"+release)
+	if exists(dir) {
+		return headers, nil
+	}
+	// What they need of one another: the common headers and the programs of kbuild.
+	out, err := exec.Command("apt-cache", "depends", "--important", "linux-headers-"+release).Output()
+	if err != nil {
+		return "", fmt.Errorf("apt knows no headers of kernel %s (has apt-get update been run?)", release)
+	}
+	packages := []string{"linux-headers-" + release}
+	for line := range strings.Lines(string(out)) {
+		name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: ")
+		if ok && (strings.HasPrefix(name, "linux-headers-") || strings.HasPrefix(name, "linux-kbuild-")) {
+			packages = append(packages, name)
+		}
+	}
+	err = unpack(dir, packages, func(root string) error {
+		// It includes the common one by the path that it would be installed at.
+		makefile := filepath.Join(root, "usr/src/linux-headers-"+release, "Makefile")
+		text, err := os.ReadFile(makefile)
+		if err != nil {
+			return err
+		}
+		text = bytes.ReplaceAll(text, []byte("/usr/src"), []byte(filepath.Join(dir, "usr/src")))
+		return os.WriteFile(makefile, text, 0o644)
+	})
+	if err != nil {
+		return "", fmt.Errorf("fetch headers of kernel %s: %w", release, err)
+	}
+	return headers, nil
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// lockedCache makes build/lab/name and keeps other processes out of it until unlock.
+func lockedCache(name string) (dir string, unlock func(), err error) {
+	if dir, err = buildDir(name); err != nil {
+		return "", nil, err
+	}
+	lock, err := os.Create(filepath.Join(dir, "lock"))
+	if err != nil {
+		return "", nil, err
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		lock.Close()
+		return "", nil, fmt.Errorf("lock %s: %w", lock.Name(), err)
+	}
+	return dir, func() { lock.Close() }, nil
+}
+
+// closure lists the files of the named modules and of all that they need, in the order of insertion. Modules that are
+// part of the kernel image need no file.
+func (k Kernel) closure(modules []string) ([]string, error) {
+	args := append([]string{"-d", k.Dir, "-S", k.Release, "-a", "--show-depends", "--"}, modules...)
+	cmd := exec.Command(tool("modprobe"), args...)
+	cmd.Env = append(os.Environ(), "MODPROBE_OPTIONS=")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("modules of %s: %w: %s", k.Release, err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	var files []string
+	seen := map[string]bool{}
+	for lines := bufio.NewScanner(bytes.NewReader(out)); lines.Scan(); {
+		fields := strings.Fields(lines.Text())
+		if len(fields) >= 2 && fields[0] == "insmod" && !seen[fields[1]] {
+			seen[fields[1]] = true
+			files = append(files, fields[1])
+		}
+	}
+	return files, nil
+}
+
+// buildDir makes build/lab/name in the repository that the working directory is part of.
+func buildDir(name string) (string, error) {
+	wd, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for dir := wd; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			build := filepath.Join(dir, "build", "lab", name)
+			return build, os.MkdirAll(build, 0o755)
+		}
+		if dir == filepath.Dir(dir) {
+			return "", fmt.Errorf("%s is in no Go module: the lab keeps its files in the repository", wd)
+		}
+	}
+}
+
+// run runs a host command whose output matters only when it fails.
+func run(dir, name string, args ...string) error {
+	cmd := exec.Command(tool(name), args...)
+	cmd.Dir = dir
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: %w: %s", name, err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// tool finds a command that may live in a directory that only root's PATH holds.
+func tool(name string) string {
+	if path, err := exec.LookPath(name); err == nil {
+		return path
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return path
+		}
+	}
+	return name
+}
