@@ -44,11 +44,11 @@ demo: packages-lab build $(LAB)
 	@echo "# unpacking Debian's kernel, building virtexit.ko for it"
 	@$(MAKE) -s --no-print-directory kmod KVER=$(call release,"")
 	@echo "# booting the lab"
-	@set -- $$($(LAB) kernel) && $(LAB) run --timeout 10m -- test/lab/demo.sh $$2/boot/vmlinuz-$$1
+	@set -- $$($(LAB) kernel) && $(LAB) run --cpus 1 --timeout 10m -- test/lab/demo.sh $$2/boot/vmlinuz-$$1
 
 lab: packages-lab build $(LAB)
 	@$(MAKE) -s --no-print-directory kmod KVER=$(call release,"")
-	$(LAB) shell
+	$(LAB) shell --cpus 1
 
 # W=1 and C=1: the compiler and sparse have nothing to say, or the build fails.
 test: packages-lab build
