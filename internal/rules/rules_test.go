@@ -81,12 +81,13 @@ func imports(t tree) (problems []string) {
 var licences = []struct{ folder, licence string }{
 	{"kmod/uapi/", "GPL-2.0-only WITH Linux-syscall-note"},
 	{"kmod/", "GPL-2.0-only"},
+	{"kvm-patch/", "GPL-2.0-only"},
 	{"", "Apache-2.0"},
 }
 
 // unmarked matches files that carry no licence of their own: data, and formats
 // without comments.
-var unmarked = regexp.MustCompile(`(^|/)testdata/|^LICENSES/|\.(md|json)$|^go\.(mod|sum)$|^\.gitignore$`)
+var unmarked = regexp.MustCompile(`(^|/)testdata/|^LICENSES/|\.(md|json|patch)$|^go\.(mod|sum)$|^\.gitignore$`)
 
 var licenceTag = regexp.MustCompile(`^\W*SPDX-License-Identifier: (.*?)(\W*\*/)?$`)
 
