@@ -82,6 +82,7 @@ var licences = []struct{ folder, licence string }{
 	{"kmod/uapi/", "GPL-2.0-only WITH Linux-syscall-note"},
 	{"kmod/", "GPL-2.0-only"},
 	{"kvm-patch/", "GPL-2.0-only"},
+	{"kvm-patch/", "GPL-2.0-only"},
 	{"", "Apache-2.0"},
 }
 
@@ -94,11 +95,8 @@ var licenceTag = regexp.MustCompile(`^\W*SPDX-License-Identifier: (.*?)(\W*\*/)?
 func spdx(t tree) (problems []string) {
 	for _, file := range t.files(func(file string) bool { return !unmarked.MatchString(file) }) {
 		first, rest, _ := strings.Cut(t[file], "\n")
-		switch {
-		case strings.HasPrefix(first, "#!"):
+		if strings.HasPrefix(first, "#!") {
 			first, _, _ = strings.Cut(rest, "\n")
-		case strings.HasPrefix(first, "//go:build"): // gofmt wants a blank line behind it
-			first, _, _ = strings.Cut(strings.TrimPrefix(rest, "\n"), "\n")
 		}
 		want := ""
 		for _, l := range licences {
@@ -112,7 +110,7 @@ func spdx(t tree) (problems []string) {
 			got = m[1]
 		}
 		if got != want {
-			problems = append(problems, fmt.Sprintf("%s: licence %q, want %q in the first line, or behind #! or //go:build", file, got, want))
+			problems = append(problems, fmt.Sprintf("%s: licence %q, want %q in the first line, or behind #!", file, got, want))
 		}
 	}
 	for _, l := range licences {

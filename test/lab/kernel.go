@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -159,6 +160,69 @@ func FindHeaders(release string) (string, error) {
 		return "", fmt.Errorf("fetch headers of kernel %s: %w", release, err)
 	}
 	return headers, nil
+}
+
+var packageID = regexp.MustCompile(`LINUX_PACKAGE_ID " Debian (\S+)"`)
+
+// FindSource returns a directory with KVM's source, arch/x86/kvm and virt/kvm, out of Debian's linux-source package of
+// exactly the version that the headers of the release have, fetched with apt.
+func FindSource(release string) (string, error) {
+	headers, err := FindHeaders(release)
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(headers, "include/generated/package.h")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	id := packageID.FindSubmatch(text)
+	if id == nil {
+		return "", fmt.Errorf("%s tells no version of a Debian package", file)
+	}
+	if strings.Contains(release, "-rt-") {
+		return "", fmt.Errorf("kernel %s has patches of its own that linux-source lacks", release)
+	}
+	version := string(id[1])
+	major, rest, _ := strings.Cut(release, ".")
+	minor, _, _ := strings.Cut(rest, ".")
+	name := "linux-source-" + major + "." + minor
+
+	cache, unlock, err := lockedCache("sources")
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	dir := filepath.Join(cache, name+"_"+version)
+	if exists(dir) {
+		return dir, nil
+	}
+	out, err := exec.Command("apt-cache", "madison", name).Output()
+	if err != nil {
+		return "", fmt.Errorf("find the versions of %s: %w", name, err)
+	}
+	var offered []string
+	for line := range strings.Lines(string(out)) {
+		fields := strings.Fields(line) // name | version | where
+		if len(fields) > 4 && strings.HasSuffix(line, "Packages\n") && !slices.Contains(offered, fields[2]) {
+			offered = append(offered, fields[2])
+		}
+	}
+	if !slices.Contains(offered, version) {
+		return "", fmt.Errorf("linux-headers-%s is of version %s, and %s must be of the same, but apt offers %s (has apt-get update been run?)",
+			release, version, name, cmp.Or(strings.Join(offered, ", "), "none"))
+	}
+	err = unpack(dir, []string{name + "=" + version}, func(root string) error {
+		tarball := filepath.Join(root, "usr/src", name+".tar.xz")
+		if err := run(root, "tar", "-xJf", tarball, "--strip-components=1", name+"/arch/x86/kvm", name+"/virt/kvm"); err != nil {
+			return err
+		}
+		return os.RemoveAll(filepath.Join(root, "usr"))
+	})
+	if err != nil {
+		return "", fmt.Errorf("fetch %s %s: %w", name, version, err)
+	}
+	return dir, nil
 }
 
 func exists(path string) bool {

@@ -6,6 +6,7 @@
 //	go run ./test/lab/cmd shell [flags]               a root shell on this terminal; exit or Ctrl-A X leaves
 //	go run ./test/lab/cmd kernel [flags]              prints the release that the lab boots, and where it is unpacked
 //	go run ./test/lab/cmd headers RELEASE             prints where modules for the release can be built
+//	go run ./test/lab/cmd source RELEASE              prints where KVM's source of the release is
 //	go run ./test/lab/cmd guest SCRIPT FILE           writes an initramfs with busybox whose init is the script
 package main
 
@@ -37,7 +38,7 @@ func main() {
 }
 
 func run(args []string) error {
-	const usage = "usage: lab run|shell|kernel|headers|guest [flags] [ARGUMENTS]"
+	const usage = "usage: lab run|shell|kernel|headers|source|guest [flags] [ARGUMENTS]"
 	if len(args) == 0 {
 		return errors.New(usage)
 	}
@@ -77,6 +78,15 @@ func run(args []string) error {
 			return errors.New("usage: lab headers RELEASE")
 		}
 		dir, err := lab.FindHeaders(c.Command[0])
+		if err == nil {
+			fmt.Println(dir)
+		}
+		return err
+	case "source":
+		if len(c.Command) != 1 {
+			return errors.New("usage: lab source RELEASE")
+		}
+		dir, err := lab.FindSource(c.Command[0])
 		if err == nil {
 			fmt.Println(dir)
 		}
