@@ -1,6 +1,6 @@
-// SPDX-License-Identifier: Apache-2.0
-
 //go:build lab
+
+// SPDX-License-Identifier: Apache-2.0
 
 package system
 
@@ -57,13 +57,13 @@ func ensureLibvirtd(t *testing.T, pid int) {
 func TestLibvirtAway(t *testing.T) {
 	inside.Load(t, "")
 	d := start(t, options{})
-	t.Log("STEP", time.Now());create(t, domain{name: "one", os: rom(t, "cpuid:10,spin:1000000", true)})
-	t.Log("STEP", time.Now());create(t, domain{name: "two", os: rom(t, "cpuid:10", false)})
+	create(t, domain{name: "one", os: rom(t, "cpuid:10,spin:1000000", true)})
+	create(t, domain{name: "two", os: rom(t, "cpuid:10", false)})
 	known := func(name string) bool {
 		x := d.find(name)
 		return x.ID != nil && x.State == "running" && x.Count > 0
 	}
-	t.Log("STEP", time.Now());inside.Eventually(t, "the domains are known", 10*time.Second, func() bool {
+	inside.Eventually(t, "the domains are known", 10*time.Second, func() bool {
 		return known("one") && known("two") && d.status().Libvirt.Connected
 	})
 
@@ -80,28 +80,28 @@ func TestLibvirtAway(t *testing.T) {
 			}
 		}
 		before := d.total("one").Count
-		t.Log("STEP", time.Now());inside.Eventually(t, "counting goes on", 10*time.Second, func() bool { return d.total("one").Count > before })
+		inside.Eventually(t, "counting goes on", 10*time.Second, func() bool { return d.total("one").Count > before })
 		if !known("one") || !known("two") {
 			t.Errorf("while libvirtd %s: %+v, %+v", what, d.find("one"), d.find("two"))
 		}
 	}
-	t.Log("STEP", time.Now());inside.Eventually(t, "guests appear by process", 20*time.Second, func() bool {
+	inside.Eventually(t, "guests appear by process", 20*time.Second, func() bool {
 		x, y := d.find("by hand"), d.find(fmt.Sprintf("qemu-system-x86-%d", nameless.Process.Pid))
 		return x.TGID == named.Process.Pid && x.ID == nil && x.Source == "proc" && x.Count > 0 &&
 			y.TGID == nameless.Process.Pid && y.ID == nil && y.Source == "process" && y.Count > 0
 	})
-	t.Log("STEP", time.Now());away("is stopped")
+	away("is stopped")
 	signal(t, pid, syscall.SIGKILL)
 	signal(t, pid, syscall.SIGCONT)
-	t.Log("STEP", time.Now());inside.Eventually(t, "libvirtd is found dead", 20*time.Second, func() bool { return !d.status().Libvirt.Connected })
-	t.Log("STEP", time.Now());away("is dead")
+	inside.Eventually(t, "libvirtd is found dead", 20*time.Second, func() bool { return !d.status().Libvirt.Connected })
+	away("is dead")
 
 	ensureLibvirtd(t, pid)
-	t.Log("STEP", time.Now());inside.Eventually(t, "libvirt is connected again", 20*time.Second, func() bool { return d.status().Libvirt.Connected })
-	t.Log("STEP", time.Now());create(t, domain{name: "three", os: rom(t, "cpuid:10", false)})
-	t.Log("STEP", time.Now());inside.Eventually(t, "a new domain is known", 20*time.Second, func() bool { return known("three") })
+	inside.Eventually(t, "libvirt is connected again", 20*time.Second, func() bool { return d.status().Libvirt.Connected })
+	create(t, domain{name: "three", os: rom(t, "cpuid:10", false)})
+	inside.Eventually(t, "a new domain is known", 20*time.Second, func() bool { return known("three") })
 	virsh(t, "suspend", "three")
-	t.Log("STEP", time.Now());inside.Eventually(t, "its state is known", 20*time.Second, func() bool { return d.find("three").State == "paused" })
+	inside.Eventually(t, "its state is known", 20*time.Second, func() bool { return d.find("three").State == "paused" })
 }
 
 // hidden runs a command that does not see libvirt's run directory.
