@@ -5,6 +5,7 @@
 #	make lab	a root shell in that machine
 #	make build	bin/virtexitd, bin/virtexit
 #	make kmod	build/kmod/$(KVER)/virtexit.ko
+#	make kvm-patch	build/kvm-patch/$(KVER)/: KVM with an exit hook, see kvm-patch/README.md
 #	make install	onto this host: PREFIX, DESTDIR
 
 VERSION := $(shell sed -n 's/^\#define VX_VERSION "\(.*\)"/\1/p' kmod/vx.h)
@@ -16,7 +17,7 @@ TAGS    := libvirt_dlopen
 
 # What a fresh Debian 12 with Go and gcc lacks.
 PACKAGES_build := libc6-dev pkg-config libvirt-dev
-PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod
+PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch
 PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
 	bsdutils procps iproute2 sparse
@@ -26,7 +27,7 @@ LAB := build/lab/bin/lab
 SERIES  := 6.1 6.12
 release  = $$($(LAB) kernel --kernel $(1) | cut -d' ' -f1)
 
-.PHONY: build kmod kmods demo lab test generate install uninstall clean distclean $(LAB)
+.PHONY: build kmod kmods kvm-patch demo lab test generate install uninstall clean distclean $(LAB)
 
 build: packages-build
 	$(GO) build -trimpath -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
@@ -36,6 +37,9 @@ kmod: packages-kmod $(LAB)
 	@mkdir -p build/kmod/$(KVER)
 	@cp -ru kmod/* build/kmod/$(KVER)/
 	$(MAKE) -C "$$($(LAB) headers $(KVER))" M=$(CURDIR)/build/kmod/$(KVER) $(KFLAGS) modules
+
+kvm-patch: packages-kmod $(LAB)
+	@LAB=$(LAB) kvm-patch/build $(KVER)
 
 kmods: packages-lab $(LAB)
 	@set -e; for series in $(SERIES); do $(MAKE) --no-print-directory kmod KVER=$(call release,$$series); done
@@ -122,7 +126,7 @@ packages-%:
 	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null
 
 clean:
-	rm -rf bin build/kmod build/lab/bin build/lab/logs
+	rm -rf bin build/kmod build/kvm-patch build/lab/bin build/lab/logs
 
 # And the unpacked kernels.
 distclean: clean
