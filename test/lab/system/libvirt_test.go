@@ -1,6 +1,6 @@
-//go:build lab
-
 // SPDX-License-Identifier: Apache-2.0
+
+//go:build lab
 
 package system
 
