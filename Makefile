@@ -17,7 +17,7 @@ TAGS    := libvirt_dlopen
 
 # What a fresh Debian 12 with Go and gcc lacks.
 PACKAGES_build := libc6-dev pkg-config libvirt-dev
-PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch
+PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
 PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
 	bsdutils procps iproute2 sparse

@@ -307,9 +307,12 @@ func (v *VCPU) execute(p Program) error {
 	return nil
 }
 
-// create is an ioctl that returns a file.
+// create is an ioctl that returns a file. A signal can interrupt it: those of Go's runtime do.
 func create(f *os.File, name string, request, arg uintptr) (*os.File, error) {
 	fd, err := ioctl(f, name, request, arg)
+	for errors.Is(err, unix.EINTR) {
+		fd, err = ioctl(f, name, request, arg)
+	}
 	if err != nil {
 		return nil, err
 	}
