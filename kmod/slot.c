@@ -199,7 +199,8 @@ struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code)
 		row->flags = VIRTEXIT_ROW_OTHER;
 	} else {
 		row->code = code;
-		if (!pub->index[(u8)code])
+		/* Who comes first has the place; 0 may be row 0's. */
+		if (!pub->index[(u8)code] && (u8)code != (u8)pub->rows[0].code)
 			pub->index[(u8)code] = n * sizeof(*row);
 	}
 	/* Whoever sees the row sees what it is for. */
