@@ -53,6 +53,7 @@ static __always_inline u64 vx_exit_tsc(struct kvm_vcpu *vcpu,
  * so plain stores suffice.
  */
 static __always_inline void vx_count(struct vx_slot *s,
+				     struct virtexit_slot *pub,
 				     struct virtexit_row *row,
 				     struct kvm_vcpu *vcpu, u32 isa)
 {
@@ -63,7 +64,7 @@ static __always_inline void vx_count(struct vx_slot *s,
 
 		/* Not so without an entry, or where CPUs' TSCs differ. */
 		if (likely(cycles > 0))
-			s->pub->guest_time += cycles;
+			pub->guest_time += cycles;
 		s->exit_tsc = now;
 		s->row = row;
 		s->entry_tsc = VX_NOT_ENTERED;
@@ -101,7 +102,7 @@ static __always_inline void vx_exit_slow(struct kvm_vcpu *vcpu, u32 seen,
 			goto out;
 		}
 	}
-	vx_count(s, vx_row(s->pub, vx_reason(vcpu, isa)), vcpu, isa);
+	vx_count(s, s->pub, vx_row(s->pub, vx_reason(vcpu, isa)), vcpu, isa);
 out:
 	preempt_enable_notrace();
 }
@@ -128,6 +129,7 @@ static noinline void vx_exit_slow_vmx(void *data, struct kvm_vcpu *vcpu,
 static __always_inline bool vx_exit(struct kvm_vcpu *vcpu, u32 isa)
 {
 	struct vx_slot *s = this_cpu_read(vx_cache);
+	struct virtexit_slot *pub;
 	struct virtexit_row *row;
 	u32 code;
 
@@ -135,10 +137,11 @@ static __always_inline bool vx_exit(struct kvm_vcpu *vcpu, u32 isa)
 		     s->vcpu_id != vcpu->vcpu_id))
 		return false;
 	code = vx_reason(vcpu, isa);
-	row = vx_row_guess(s->pub, code);
+	pub = s->pub;
+	row = vx_row_guess(pub, code);
 	if (unlikely(row->code != code))
 		return false;
-	vx_count(s, row, vcpu, isa);
+	vx_count(s, pub, row, vcpu, isa);
 	return true;
 }
 
