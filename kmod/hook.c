@@ -242,9 +242,12 @@ static int vx_attach_task(void)
 	if (err)
 		return err;
 	err = tracepoint_probe_register(vx_tp_exec, vx_probe_exec, NULL);
-	if (err)
+	if (err) {
 		tracepoint_probe_unregister(vx_tp_thread_exit,
 					    vx_probe_thread_exit, NULL);
+		/* The module may go next, for its level is OFF. */
+		tracepoint_synchronize_unregister();
+	}
 	return err;
 }
 

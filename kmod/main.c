@@ -55,7 +55,7 @@ void vx_kick_atomic(void)
 	irq_work_queue(&vx_irq_work);
 }
 
-static int __init vx_init(void)
+static int __init vx_load(void)
 {
 	int err;
 
@@ -91,7 +91,7 @@ slots:
 	return err;
 }
 
-static void __exit vx_exit(void)
+static void __exit vx_unload(void)
 {
 	vx_device_exit();
 	/* Leases first: nothing can be attached without one. */
@@ -102,8 +102,8 @@ static void __exit vx_exit(void)
 	vx_slots_exit();
 }
 
-module_init(vx_init);
-module_exit(vx_exit);
+module_init(vx_load);
+module_exit(vx_unload);
 
 MODULE_LICENSE("GPL");
 MODULE_DESCRIPTION("VM exits by vCPU thread and reason");

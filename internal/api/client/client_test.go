@@ -51,6 +51,9 @@ func TestConnectError(t *testing.T) {
 	t.Run("permission", func(t *testing.T) {
 		group, err := user.LookupGroupId(fmt.Sprint(os.Getgid()))
 		if err != nil {
+			if os.Getenv("CI") == "true" {
+				t.Fatal(err)
+			}
 			t.Skip(err)
 		}
 		got := (&ConnectError{stale, &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.EACCES)}}).Error()
