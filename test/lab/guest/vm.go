@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -258,6 +259,14 @@ func (v *VCPU) Stats() (map[string]uint64, error) {
 // thread runs programs until start is closed. It ends locked to its thread, which therefore ends with it.
 func (v *VCPU) thread(tid chan<- int) {
 	runtime.LockOSThread()
+	if unix.Gettid() == os.Getpid() {
+		// Go keeps the process's first thread when its goroutine ends: hold on to it, so that another one is taken.
+		defer runtime.UnlockOSThread()
+		var other sync.WaitGroup
+		other.Go(func() { v.thread(tid) })
+		other.Wait()
+		return
+	}
 	defer close(v.dead)
 	tid <- unix.Gettid()
 	for work := range v.start {

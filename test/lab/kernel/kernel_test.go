@@ -524,4 +524,12 @@ func TestMappingIsReadOnly(t *testing.T) {
 	if _, err := unix.Mmap(int(w.Fd()), 0, page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); !errors.Is(err, unix.EPERM) {
 		t.Errorf("writable mapping of a writable file: %v", err)
 	}
+	r, err := unix.Mmap(int(w.Fd()), 0, page, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(r)
+	if err := unix.Mprotect(r, unix.PROT_READ|unix.PROT_WRITE); !errors.Is(err, unix.EACCES) {
+		t.Errorf("mapping of a writable file made writable later: %v", err)
+	}
 }
