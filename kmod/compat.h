@@ -7,6 +7,7 @@
 #define _VX_COMPAT_H
 
 #include <linux/mm.h>
+#include <linux/sched.h>
 #include <linux/version.h>
 
 /*
@@ -28,5 +29,15 @@ static inline void vx_vm_flags_mod(struct vm_area_struct *vma,
 #else
 #define vx_vm_flags_mod vm_flags_mod
 #endif
+
+/* Nanoseconds that a thread has waited for a CPU. */
+static inline u64 vx_run_delay(const struct task_struct *task)
+{
+#ifdef CONFIG_SCHED_INFO
+	return task->sched_info.run_delay;
+#else
+	return 0;
+#endif
+}
 
 #endif /* _VX_COMPAT_H */

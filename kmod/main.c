@@ -22,6 +22,7 @@ static void vx_work_fn(struct work_struct *work)
 	mutex_lock(&vx_mutex);
 	vx_leases_reap();
 	vx_hook_update();
+	vx_slots_recent();
 	if (vx_leases_level())
 		vx_slots_refill();
 	else

@@ -16,6 +16,22 @@
 
 #define VX_LEASES_MAX 64
 
+#define VX_WISHES_MAX 4096
+
+/**
+ * struct vx_wish - a lease's wish for the threads of one process
+ * @list: in the lease's wishes
+ * @tgid: of the process
+ * @start_time: of its first thread
+ * @level: wished for
+ */
+struct vx_wish {
+	struct list_head list;
+	u32 tgid;
+	u64 start_time;
+	u32 level;
+};
+
 /**
  * struct vx_lease - one socket's wish that collection be on
  * @list: in vx_leases
@@ -23,6 +39,7 @@
  * @portid: its number in the initial network namespace, which another socket
  *	may have by the time that this one is told to be closing
  * @level: wished for
+ * @wishes: for processes that have a wish of their own; under vx_mutex
  * @dead: the socket has been closed
  */
 struct vx_lease {
@@ -30,6 +47,7 @@ struct vx_lease {
 	struct sock *sk;
 	u32 portid;
 	u32 level;
+	struct list_head wishes;
 	bool dead;
 };
 
@@ -37,6 +55,7 @@ struct vx_lease {
 static DEFINE_SPINLOCK(vx_lease_lock);
 static LIST_HEAD(vx_leases);
 static u32 vx_nr_leases;
+static u32 vx_nr_wishes;
 
 static struct genl_family vx_family;
 
@@ -53,10 +72,43 @@ static struct vx_lease *vx_lease_find(const struct sock *sk)
 	return NULL;
 }
 
+static struct vx_wish *vx_wish_find(struct vx_lease *lease, u32 tgid,
+				    u64 start_time)
+{
+	struct vx_wish *wish;
+
+	list_for_each_entry(wish, &lease->wishes, list)
+		if (wish->tgid == tgid && wish->start_time == start_time)
+			return wish;
+	return NULL;
+}
+
+static void vx_wish_drop(struct vx_wish *wish)
+{
+	list_del(&wish->list);
+	vx_nr_wishes--;
+	kfree(wish);
+}
+
 /**
- * vx_leases_level - the highest level wished for; vx_mutex held
+ * vx_leases_level - the highest level wished for, for whatever; vx_mutex held
  */
 u32 vx_leases_level(void)
+{
+	u32 level = vx_leases_default();
+	struct vx_lease *lease;
+	struct vx_wish *wish;
+
+	list_for_each_entry(lease, &vx_leases, list)
+		list_for_each_entry(wish, &lease->wishes, list)
+			level = max(level, wish->level);
+	return level;
+}
+
+/**
+ * vx_leases_default - the level of threads that no wish is for; vx_mutex held
+ */
+u32 vx_leases_default(void)
 {
 	u32 level = VIRTEXIT_LEVEL_OFF;
 	struct vx_lease *lease;
@@ -67,22 +119,44 @@ u32 vx_leases_level(void)
 }
 
 /**
+ * vx_leases_wish - the level of the threads of a process; vx_mutex held
+ * @tgid: of the process
+ * @start_time: of its first thread
+ */
+u32 vx_leases_wish(u32 tgid, u64 start_time)
+{
+	u32 level = VIRTEXIT_LEVEL_OFF;
+	struct vx_lease *lease;
+	struct vx_wish *wish;
+
+	list_for_each_entry(lease, &vx_leases, list) {
+		wish = vx_wish_find(lease, tgid, start_time);
+		level = max(level, wish ? wish->level : lease->level);
+	}
+	return level;
+}
+
+/**
  * vx_leases_reap - drop the leases whose socket is closed; vx_mutex held
  */
 void vx_leases_reap(void)
 {
 	struct vx_lease *lease, *next;
+	struct vx_wish *wish, *later;
+	LIST_HEAD(dead);
 
 	lockdep_assert_held(&vx_mutex);
 	spin_lock_bh(&vx_lease_lock);
-	list_for_each_entry_safe(lease, next, &vx_leases, list) {
-		if (!lease->dead)
-			continue;
-		list_del(&lease->list);
+	list_for_each_entry_safe(lease, next, &vx_leases, list)
+		if (lease->dead)
+			list_move(&lease->list, &dead);
+	spin_unlock_bh(&vx_lease_lock);
+	list_for_each_entry_safe(lease, next, &dead, list) {
+		list_for_each_entry_safe(wish, later, &lease->wishes, list)
+			vx_wish_drop(wish);
 		vx_nr_leases--;
 		kfree(lease);
 	}
-	spin_unlock_bh(&vx_lease_lock);
 }
 
 static int vx_lease_set(struct sock *sk, u32 portid, u32 level,
@@ -94,6 +168,7 @@ static int vx_lease_set(struct sock *sk, u32 portid, u32 level,
 		lease = kzalloc(sizeof(*lease), GFP_KERNEL);
 		if (!lease)
 			return -ENOMEM;
+		INIT_LIST_HEAD(&lease->wishes);
 		lease->sk = sk;
 		lease->portid = portid;
 	}
@@ -117,6 +192,43 @@ static int vx_lease_set(struct sock *sk, u32 portid, u32 level,
 	}
 	spin_unlock_bh(&vx_lease_lock);
 	kfree(lease);
+	return 0;
+}
+
+static int vx_wish_set(struct sock *sk, u32 tgid, u64 start_time,
+		       const struct nlattr *level, struct genl_info *info)
+{
+	struct vx_lease *lease;
+	struct vx_wish *wish;
+
+	spin_lock_bh(&vx_lease_lock);
+	lease = vx_lease_find(sk);
+	spin_unlock_bh(&vx_lease_lock);
+	if (!lease) {
+		NL_SET_ERR_MSG(info->extack, "the socket holds no lease");
+		return -ENOENT;
+	}
+	wish = vx_wish_find(lease, tgid, start_time);
+	if (!level) {
+		if (wish)
+			vx_wish_drop(wish);
+		return 0;
+	}
+	if (!wish) {
+		if (vx_nr_wishes == VX_WISHES_MAX) {
+			NL_SET_ERR_MSG(info->extack,
+				       "too many processes have a level of their own");
+			return -ENOSPC;
+		}
+		wish = kzalloc(sizeof(*wish), GFP_KERNEL);
+		if (!wish)
+			return -ENOMEM;
+		wish->tgid = tgid;
+		wish->start_time = start_time;
+		list_add(&wish->list, &lease->wishes);
+		vx_nr_wishes++;
+	}
+	wish->level = nla_get_u32(level);
 	return 0;
 }
 
@@ -226,6 +338,29 @@ static int vx_lease_doit(struct sk_buff *skb, struct genl_info *info)
 	return err;
 }
 
+static int vx_level_doit(struct sk_buff *skb, struct genl_info *info)
+{
+	struct nlattr *tgid = info->attrs[VIRTEXIT_A_TGID];
+	struct nlattr *start_time = info->attrs[VIRTEXIT_A_START_TIME];
+	int err;
+
+	if (!tgid || !start_time) {
+		NL_SET_ERR_MSG(info->extack,
+			       "a process needs tgid and start time");
+		return -EINVAL;
+	}
+	mutex_lock(&vx_mutex);
+	err = vx_wish_set(NETLINK_CB(skb).sk, nla_get_u32(tgid),
+			  nla_get_u64(start_time),
+			  info->attrs[VIRTEXIT_A_LEVEL], info);
+	if (!err) {
+		vx_hook_update();
+		vx_slots_recent();
+	}
+	mutex_unlock(&vx_mutex);
+	return err;
+}
+
 static const struct nla_policy vx_slot_ref_policy[VIRTEXIT_A_MAX + 1] = {
 	[VIRTEXIT_A_SLOT] = { .type = NLA_U32 },
 	[VIRTEXIT_A_GENERATION] = { .type = NLA_U32 },
@@ -281,7 +416,14 @@ static int vx_release_doit(struct sk_buff *skb, struct genl_info *info)
 static const struct nla_policy vx_get_policy[VIRTEXIT_A_MAX + 1] = { };
 
 static const struct nla_policy vx_lease_policy[VIRTEXIT_A_MAX + 1] = {
-	[VIRTEXIT_A_LEVEL] = NLA_POLICY_MAX(NLA_U32, VIRTEXIT_LEVEL_TIME),
+	[VIRTEXIT_A_LEVEL] = NLA_POLICY_MAX(NLA_U32, VIRTEXIT_LEVEL_RECENT),
+};
+
+static const struct nla_policy vx_level_policy[VIRTEXIT_A_MAX + 1] = {
+	[VIRTEXIT_A_TGID] = { .type = NLA_U32 },
+	[VIRTEXIT_A_START_TIME] = { .type = NLA_U64 },
+	[VIRTEXIT_A_LEVEL] = NLA_POLICY_RANGE(NLA_U32, VIRTEXIT_LEVEL_PAUSE,
+					      VIRTEXIT_LEVEL_RECENT),
 };
 
 static const struct nla_policy vx_release_policy[VIRTEXIT_A_MAX + 1] = {
@@ -300,6 +442,12 @@ static const struct genl_ops vx_ops[] = {
 		.policy = vx_lease_policy,
 		.maxattr = VIRTEXIT_A_MAX,
 		.doit = vx_lease_doit,
+	}, {
+		.cmd = VIRTEXIT_CMD_LEVEL,
+		.flags = GENL_ADMIN_PERM,
+		.policy = vx_level_policy,
+		.maxattr = VIRTEXIT_A_MAX,
+		.doit = vx_level_doit,
 	}, {
 		.cmd = VIRTEXIT_CMD_RELEASE,
 		.flags = GENL_ADMIN_PERM,

@@ -21,11 +21,15 @@ typedef void (*vx_get_exit_info_t)(struct kvm_vcpu *vcpu, u32 *reason,
 /* Changed with vx_mutex held and no probe attached. */
 static vx_get_exit_info_t vx_get_exit_info;
 
-/*
- * A kprobe that is never armed tells where a function is. On a kernel with
- * IBT it points behind the ENDBR64 that an indirect call has to land on.
+/**
+ * vx_function - where a function of KVM is, or NULL
+ * @name: of the function
+ *
+ * A kprobe that is never armed tells it, and does not keep KVM's modules from
+ * going. On a kernel with IBT it points behind the ENDBR64 that an indirect call
+ * has to land on.
  */
-static void *vx_function(const char *name)
+void *vx_function(const char *name)
 {
 	struct kprobe kp = {
 		.symbol_name = name,
@@ -92,34 +96,33 @@ const char *vx_reason_unusable(u32 isa)
 }
 
 /**
- * vx_reason_check - the reason of the present exit, held against KVM's own
+ * vx_reason_check - hold the reason of the present exit against KVM's own
  * @vcpu: that has exited
  * @isa: that KVM named
- * @code: the reason
  *
  * Reads with care: if struct kvm_vcpu is not what this module was built for,
  * this is where SVM shows it.
  *
  * Return: -EPROTO when the two differ or KVM cannot be asked.
  */
-int vx_reason_check(struct kvm_vcpu *vcpu, u32 isa, u32 *code)
+int vx_reason_check(struct kvm_vcpu *vcpu, u32 isa)
 {
-	u32 theirs, intr_info, error_code;
+	u32 code, theirs, intr_info, error_code;
 	struct vmcb *vmcb;
 	u64 info1, info2;
 
 	switch (isa) {
 	case VIRTEXIT_ISA_SVM:
 		if (get_kernel_nofault(vmcb, vx_vmcb(vcpu)) ||
-		    get_kernel_nofault(*code, (u32 *)&vmcb->control.exit_code))
+		    get_kernel_nofault(code, (u32 *)&vmcb->control.exit_code))
 			return -EPROTO;
 		break;
 	case VIRTEXIT_ISA_VMX:
-		*code = vx_reason_vmx();
+		code = vx_reason_vmx();
 		break;
 	default:
 		return -EPROTO;
 	}
 	vx_get_exit_info(vcpu, &theirs, &info1, &info2, &intr_info, &error_code);
-	return theirs == *code ? 0 : -EPROTO;
+	return theirs == code ? 0 : -EPROTO;
 }

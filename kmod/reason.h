@@ -17,16 +17,23 @@ static __always_inline u32 vx_reason_svm(struct kvm_vcpu *vcpu)
 	return (*vx_vmcb(vcpu))->control.exit_code;
 }
 
-/* kvm_exit fires while the vCPU's VMCS is loaded. */
-static __always_inline u32 vx_reason_vmx(void)
+/* An exit is told of while the vCPU's VMCS is loaded. */
+static __always_inline unsigned long vx_vmread(unsigned long field)
 {
 	unsigned long value = 0;
 
-	asm volatile("vmread %1, %0"
-		     : "+r" (value)
-		     : "r" ((unsigned long)VM_EXIT_REASON)
-		     : "cc");
+	asm volatile("vmread %1, %0" : "+r" (value) : "r" (field) : "cc");
 	return value;
+}
+
+static __always_inline u32 vx_reason_vmx(void)
+{
+	return vx_vmread(VM_EXIT_REASON);
+}
+
+static __always_inline u64 vx_rip_vmx(void)
+{
+	return vx_vmread(GUEST_RIP);
 }
 
 #endif /* _VX_REASON_H */

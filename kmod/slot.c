@@ -40,13 +40,17 @@ MODULE_PARM_DESC(pool, "free slots that are kept ready for new vCPU threads");
 static_assert(sizeof(struct virtexit_row) == 256);
 static_assert(sizeof(struct virtexit_slot) == 16384);
 static_assert(sizeof(struct virtexit_cpu) == 64);
-static_assert(sizeof(struct virtexit_header) == 56);
+static_assert(sizeof(struct virtexit_header) == 88);
+static_assert(sizeof(struct virtexit_exit) == 32);
 static_assert(offsetof(struct virtexit_slot, generation) == 0);
+static_assert(offsetof(struct virtexit_slot, tsc) == 128);
 static_assert(offsetof(struct virtexit_slot, index) == 512);
 static_assert(offsetof(struct virtexit_slot, rows) == 1024);
 static_assert(sizeof(struct virtexit_slot) % PAGE_SIZE == 0);
 static_assert(sizeof_field(struct virtexit_slot, comm) == TASK_COMM_LEN);
-static_assert(VIRTEXIT_NR_ROWS * sizeof(struct virtexit_row) <= U16_MAX);
+static_assert(sizeof(struct virtexit_slot) <= U16_MAX);
+/* So that one index serves both. */
+static_assert(sizeof(struct virtexit_recent) == sizeof(struct virtexit_slot));
 
 /* Finds nothing, so that no probe has to ask whether its CPU has a slot. */
 static struct vx_slot vx_no_slot;
@@ -69,6 +73,14 @@ static u32 vx_nr_free;
 static u32 vx_nr_live;
 static u32 vx_nr_retired;
 static u32 vx_nr_open;
+
+/* The level of new slots. */
+static u32 vx_take_level;
+/* The level that the probes' fast path is for; OFF: none. */
+static u32 vx_fast_level;
+
+/* Exits of each slot on which the cost of the fast path is measured. */
+#define VX_MEASURE 16
 
 /* There was no memory for another slot; not to be asked for before then. */
 static unsigned long vx_refill_after;
@@ -99,23 +111,41 @@ static struct vx_slot *vx_lookup(const struct task_struct *task, u32 vcpu_id)
  * vx_slot_find - the slot of the calling thread and vCPU, or NULL
  * @vcpu: that the thread runs
  *
- * Remembers it for this CPU. Any context in which the thread may be preempted
- * or not, but not in an interrupt.
+ * Remembers it for this CPU. Preemption is off, and this is no interrupt.
  */
 struct vx_slot *vx_slot_find(struct kvm_vcpu *vcpu)
 {
-	struct vx_slot *s;
+	struct vx_slot *s = __this_cpu_read(vx_cache);
 
-	preempt_disable_notrace();
+	if (READ_ONCE(s->task) == current && s->vcpu_id == vcpu->vcpu_id)
+		return s;
 	s = vx_lookup(current, vcpu->vcpu_id);
 	if (s)
 		__this_cpu_write(vx_cache, s);
-	preempt_enable_notrace();
 	return s;
 }
 
-static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa,
-			 u32 code)
+/**
+ * vx_slot_find_left - the slot of the vCPU that the calling thread ran last
+ *
+ * Preemption is off, and this is no interrupt.
+ *
+ * Return: NULL when there is none.
+ */
+struct vx_slot *vx_slot_find_left(void)
+{
+	struct vx_slot *s, *last = NULL;
+
+	hlist_for_each_entry_rcu(s, vx_bucket(current), hash,
+				 rcu_read_lock_sched_held())
+		if (READ_ONCE(s->task) == current &&
+		    (!last || s->pub->tsc > last->pub->tsc))
+			last = s;
+	return last;
+}
+
+/* A slot begins at a level that collects nothing, and adopts another. */
+static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa)
 {
 	struct task_struct *leader = current->group_leader;
 	struct virtexit_slot *pub = s->pub;
@@ -129,12 +159,17 @@ static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa,
 	/* Unlocked: a rename meanwhile may tear the name, not unbound it. */
 	memcpy(pub->comm, leader->comm, sizeof(pub->comm) - 1);
 	pub->since = ktime_get_boot_fast_ns();
-	pub->rows[0].code = code;
-	pub->nr_rows = 1;
+	pub->level = vx_take_level;
+	pub->tsc = VX_NEVER;
+	pub->has_recent = s->recent != NULL;
+	memset16(pub->index, offsetof(struct virtexit_slot, rows),
+		 VIRTEXIT_NR_INDEX);
 
-	s->row = NULL;
-	s->entry_tsc = VX_NOT_ENTERED;
 	s->vcpu_id = vcpu->vcpu_id;
+	s->level = VIRTEXIT_LEVEL_PAUSE;
+	s->want = vx_take_level;
+	s->measure = VX_MEASURE;
+	s->look = true;
 	WRITE_ONCE(s->task, current);
 	/* Whoever sees the state sees whose slot it is. */
 	smp_store_release(&pub->state, VIRTEXIT_LIVE);
@@ -144,11 +179,10 @@ static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa,
  * vx_slot_take - a slot for the calling thread; preemption is off
  * @vcpu: that the thread runs
  * @isa: of the vCPU's exits
- * @code: of its first exit
  *
  * Return: NULL when none is free.
  */
-struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa, u32 code)
+struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa)
 {
 	struct vx_slot *s = NULL;
 	unsigned long flags;
@@ -160,7 +194,7 @@ struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa, u32 code)
 		if (s) {
 			list_del_init(&s->list);
 			vx_nr_free--;
-			vx_slot_fill(s, vcpu, isa, code);
+			vx_slot_fill(s, vcpu, isa);
 			hlist_add_head_rcu(&s->hash, vx_bucket(current));
 			vx_nr_live++;
 			list_add_tail(&s->event, &vx_events);
@@ -199,36 +233,219 @@ struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code)
 		row->flags = VIRTEXIT_ROW_OTHER;
 	} else {
 		row->code = code;
-		/* Who comes first has the place; 0 may be row 0's. */
-		if (!pub->index[(u8)code] && (u8)code != (u8)pub->rows[0].code)
-			pub->index[(u8)code] = n * sizeof(*row);
+		/* Who comes first has the place; row 0 has its own already. */
+		if (vx_row_at(pub, vx_row_guess(pub, code)) == pub->rows &&
+		    (u8)code != (u8)pub->rows[0].code)
+			pub->index[(u8)code] = (void *)row - (void *)pub;
 	}
 	/* Whoever sees the row sees what it is for. */
 	smp_store_release(&pub->nr_rows, n + 1);
 	return row;
 }
 
-/**
- * vx_slots_untime - forget when the exits in progress began
- *
- * vx_mutex held; exits are not timed, so that no probe follows these members.
+/*
+ * With vx_slot_lock held. The thread is the caller; or the level falls, and no
+ * probe is attached that the higher one needs, and then there is no vcpu.
  */
-void vx_slots_untime(void)
+static void vx_slot_set_level(struct vx_slot *s, u32 level,
+			      struct kvm_vcpu *vcpu)
+{
+	bool was_timed = s->level >= VIRTEXIT_LEVEL_TIME;
+	bool timed = level >= VIRTEXIT_LEVEL_TIME;
+
+	if (was_timed && !timed)
+		vx_time_end(s);
+	else if (timed && !was_timed)
+		vx_time_begin(s, vcpu);
+	WRITE_ONCE(s->level, level);
+}
+
+/* With vx_slot_lock held: the thread is to look at its next exit. */
+static void vx_slot_look(struct vx_slot *s)
+{
+	WRITE_ONCE(s->fast, NULL);
+	WRITE_ONCE(s->look, true);
+}
+
+/**
+ * vx_slot_adopt - do as is wished, from the exit on that is at hand
+ * @s: slot of the calling thread, which is not preempted
+ * @vcpu: that the thread runs
+ */
+void vx_slot_adopt(struct vx_slot *s, struct kvm_vcpu *vcpu)
+{
+	unsigned long flags;
+	u32 level;
+
+	raw_spin_lock_irqsave(&vx_slot_lock, flags);
+	level = s->want;
+	if (level == VIRTEXIT_LEVEL_RECENT && !s->recent)
+		level = VIRTEXIT_LEVEL_TIME;
+	if (level != s->level)
+		vx_slot_set_level(s, level, vcpu);
+	if (level != vx_fast_level)
+		s->measure = 0;
+	WRITE_ONCE(s->look, false);
+	WRITE_ONCE(s->fast, level == vx_fast_level && !s->measure ? s->task :
+								    NULL);
+	raw_spin_unlock_irqrestore(&vx_slot_lock, flags);
+}
+
+/* vx_mutex held. */
+static void vx_set_fast_level(u32 level)
+{
+	raw_spin_lock_irq(&vx_slot_lock);
+	vx_fast_level = level;
+	/* What the cost was on another path is of no interest. */
+	vx_header->exit_cost = 0;
+	vx_header->entry_cost = 0;
+	raw_spin_unlock_irq(&vx_slot_lock);
+}
+
+/* vx_mutex held. */
+static void vx_slots_look(void)
+{
+	u32 i;
+
+	for (i = 0; i < vx_header->slots_backed; i++) {
+		struct vx_slot *s = &vx_slots[i];
+
+		raw_spin_lock_irq(&vx_slot_lock);
+		if (s->task) {
+			s->measure = VX_MEASURE;
+			vx_slot_look(s);
+		}
+		raw_spin_unlock_irq(&vx_slot_lock);
+	}
+}
+
+/**
+ * vx_slots_no_fast - no exit that follows takes the fast path; vx_mutex held
+ *
+ * One that has begun may still be on it.
+ */
+void vx_slots_no_fast(void)
+{
+	lockdep_assert_held(&vx_mutex);
+	vx_set_fast_level(VIRTEXIT_LEVEL_OFF);
+	vx_slots_look();
+}
+
+/**
+ * vx_slots_fast_time - the fast path is for slots at TIME; vx_mutex held
+ */
+void vx_slots_fast_time(void)
+{
+	lockdep_assert_held(&vx_mutex);
+	vx_set_fast_level(VIRTEXIT_LEVEL_TIME);
+	vx_slots_look();
+}
+
+/**
+ * vx_slots_cap - no slot is at a higher level than this; vx_mutex held
+ * @level: PAUSE or COUNT; no probe is attached that a higher one needs
+ */
+void vx_slots_cap(u32 level)
+{
+	u32 i;
+
+	lockdep_assert_held(&vx_mutex);
+	vx_set_fast_level(level == VIRTEXIT_LEVEL_COUNT ? level :
+							  VIRTEXIT_LEVEL_OFF);
+	raw_spin_lock_irq(&vx_slot_lock);
+	vx_take_level = min(vx_take_level, level);
+	raw_spin_unlock_irq(&vx_slot_lock);
+	for (i = 0; i < vx_header->slots_backed; i++) {
+		struct vx_slot *s = &vx_slots[i];
+
+		raw_spin_lock_irq(&vx_slot_lock);
+		if (s->task) {
+			s->want = min(s->want, level);
+			if (s->level > level)
+				vx_slot_set_level(s, level, NULL);
+			s->measure = VX_MEASURE;
+			vx_slot_look(s);
+		}
+		raw_spin_unlock_irq(&vx_slot_lock);
+	}
+}
+
+/**
+ * vx_slots_wish - have each slot adopt the level that is wished for
+ * @level: the highest that is attached
+ *
+ * vx_mutex held.
+ */
+void vx_slots_wish(u32 level)
+{
+	u32 i, want;
+
+	lockdep_assert_held(&vx_mutex);
+	want = max_t(u32, min(vx_leases_default(), level),
+		     VIRTEXIT_LEVEL_PAUSE);
+	raw_spin_lock_irq(&vx_slot_lock);
+	vx_take_level = want;
+	raw_spin_unlock_irq(&vx_slot_lock);
+	for (i = 0; i < vx_header->slots_backed; i++) {
+		struct vx_slot *s = &vx_slots[i];
+
+		/* Pairs with vx_slot_fill(). Not reused while vx_mutex is held. */
+		if (smp_load_acquire(&s->pub->state) != VIRTEXIT_LIVE)
+			continue;
+		want = vx_leases_wish(s->pub->tgid, s->pub->tgid_start_time);
+		want = max_t(u32, min(want, level), VIRTEXIT_LEVEL_PAUSE);
+		raw_spin_lock_irq(&vx_slot_lock);
+		if (s->task && want != s->want) {
+			WRITE_ONCE(s->want, want);
+			vx_slot_look(s);
+		}
+		if (s->task && level >= VIRTEXIT_LEVEL_COUNT)
+			WRITE_ONCE(s->pub->level, want);
+		raw_spin_unlock_irq(&vx_slot_lock);
+	}
+}
+
+/**
+ * vx_slots_recent - give memory to the slots that log exits; vx_mutex held
+ *
+ * Those that get none stay at TIME.
+ */
+void vx_slots_recent(void)
 {
 	u32 i;
 
 	lockdep_assert_held(&vx_mutex);
 	for (i = 0; i < vx_header->slots_backed; i++) {
-		vx_slots[i].row = NULL;
-		vx_slots[i].entry_tsc = VX_NOT_ENTERED;
+		struct vx_slot *s = &vx_slots[i];
+		struct virtexit_recent *recent;
+
+		if (READ_ONCE(s->want) != VIRTEXIT_LEVEL_RECENT || s->recent)
+			continue;
+		recent = alloc_pages_exact(sizeof(*recent), GFP_KERNEL |
+					   __GFP_ZERO | __GFP_NORETRY |
+					   __GFP_NOWARN);
+		if (!recent)
+			return;
+		raw_spin_lock_irq(&vx_slot_lock);
+		/* Pairs with vx_page(). */
+		smp_store_release(&s->recent, recent);
+		if (s->task) {
+			WRITE_ONCE(s->pub->has_recent, 1);
+			vx_slot_look(s);
+		}
+		raw_spin_unlock_irq(&vx_slot_lock);
 	}
 }
 
 /* With vx_slot_lock held. The thread is the caller, or no probe is attached. */
 static void vx_slot_retire(struct vx_slot *s)
 {
+	if (s->level >= VIRTEXIT_LEVEL_TIME)
+		vx_time_end(s);
 	hlist_del_rcu(&s->hash);
+	WRITE_ONCE(s->fast, NULL);
 	WRITE_ONCE(s->task, NULL);
+	s->want = VIRTEXIT_LEVEL_OFF;
 	vx_nr_live--;
 	/* Whoever sees the state sees the final counts. */
 	smp_store_release(&s->pub->state, VIRTEXIT_RETIRED);
@@ -420,6 +637,9 @@ void vx_slots_trim(void)
 			break;
 		free_pages_exact(s->pub, sizeof(*s->pub));
 		s->pub = NULL;
+		if (s->recent)
+			free_pages_exact(s->recent, sizeof(*s->recent));
+		s->recent = NULL;
 		cond_resched();
 	}
 }
@@ -488,21 +708,64 @@ void vx_slot_stat(struct vx_slot_stat *stat)
 }
 
 /**
- * vx_count_unattributed - count an exit for which no slot is free
+ * vx_header_counting - exits are counted from now on, or no more; vx_mutex held
+ * @on: they are
  */
-void vx_count_unattributed(void)
+void vx_header_counting(bool on)
 {
-	vx_cpus[get_cpu()].unattributed++;
-	put_cpu();
+	struct virtexit_header *h = vx_header;
+	u64 now = ktime_get_boottime_ns();
+
+	if (on == !!h->counted_since)
+		return;
+	raw_spin_lock_irq(&vx_slot_lock);
+	WRITE_ONCE(h->seq, h->seq + 1);
+	/* Odd before anything moves. */
+	smp_wmb();
+	if (!on)
+		h->counted += now - h->counted_since;
+	h->counted_since = on ? now : 0;
+	/* Even when all has moved. */
+	smp_store_release(&h->seq, h->seq + 1);
+	raw_spin_unlock_irq(&vx_slot_lock);
+}
+
+static void vx_least(u32 *least, u64 cycles)
+{
+	/* More than one at a time may come here; either is as good. */
+	if (cycles && cycles <= U32_MAX &&
+	    (!READ_ONCE(*least) || cycles < READ_ONCE(*least)))
+		WRITE_ONCE(*least, cycles);
 }
 
 /**
- * vx_count_refused - count an exit whose reason is in doubt
+ * vx_header_cost - what the hook took this time
+ * @exit: cycles at an exit; 0 when that was not measured
+ * @entry: the same at an entry
+ */
+void vx_header_cost(u64 exit, u64 entry)
+{
+	vx_least(&vx_header->exit_cost, exit);
+	vx_least(&vx_header->entry_cost, entry);
+}
+
+/**
+ * vx_count_unattributed - count an exit for which no slot is free
+ *
+ * Preemption is off. Nothing is counted when a slot would not have, either.
+ */
+void vx_count_unattributed(void)
+{
+	if (READ_ONCE(vx_take_level) >= VIRTEXIT_LEVEL_COUNT)
+		vx_cpus[smp_processor_id()].unattributed++;
+}
+
+/**
+ * vx_count_refused - count an exit whose reason is in doubt; preemption is off
  */
 void vx_count_refused(void)
 {
-	vx_cpus[get_cpu()].refused++;
-	put_cpu();
+	vx_cpus[smp_processor_id()].refused++;
 }
 
 /**
@@ -513,16 +776,24 @@ struct page *vx_page(unsigned long pgoff)
 {
 	unsigned long offset = pgoff << PAGE_SHIFT;
 	unsigned long index;
+	bool recent;
+	void *mem;
 
 	if (pgoff < vx_header->slot_offset >> PAGE_SHIFT)
 		return vmalloc_to_page((void *)vx_header + offset);
 	offset -= vx_header->slot_offset;
 	index = offset / sizeof(struct virtexit_slot);
+	offset %= sizeof(struct virtexit_slot);
+	recent = index >= vx_nr_slots;
+	if (recent)
+		index -= vx_nr_slots;
 	/* Pairs with vx_slots_refill(); the device is open, so it stays. */
 	if (index >= smp_load_acquire(&vx_header->slots_backed))
 		return NULL;
-	return virt_to_page((void *)vx_slots[index].pub +
-			    offset % sizeof(struct virtexit_slot));
+	/* Pairs with vx_slots_recent(). */
+	mem = recent ? (void *)smp_load_acquire(&vx_slots[index].recent) :
+		       vx_slots[index].pub;
+	return mem ? virt_to_page(mem + offset) : NULL;
 }
 
 /**
@@ -530,8 +801,8 @@ struct page *vx_page(unsigned long pgoff)
  */
 unsigned long vx_map_size(void)
 {
-	return vx_header->slot_offset +
-	       (unsigned long)vx_nr_slots * sizeof(struct virtexit_slot);
+	return vx_header->recent_offset +
+	       (unsigned long)vx_nr_slots * sizeof(struct virtexit_recent);
 }
 
 int vx_slots_init(void)
@@ -579,6 +850,9 @@ int vx_slots_init(void)
 		.slot_size = sizeof(struct virtexit_slot),
 		.nr_slots = vx_nr_slots,
 		.tsc_khz = tsc_khz,
+		.recent_offset = slot_offset +
+				 vx_nr_slots * sizeof(struct virtexit_slot),
+		.recent_size = sizeof(struct virtexit_recent),
 	};
 	return 0;
 }
@@ -588,8 +862,12 @@ void vx_slots_exit(void)
 {
 	u32 i;
 
-	for (i = 0; i < vx_header->slots_backed; i++)
+	for (i = 0; i < vx_header->slots_backed; i++) {
 		free_pages_exact(vx_slots[i].pub, sizeof(struct virtexit_slot));
+		if (vx_slots[i].recent)
+			free_pages_exact(vx_slots[i].recent,
+					 sizeof(struct virtexit_recent));
+	}
 	kvfree(vx_slots);
 	vfree(vx_header);
 }

@@ -3,7 +3,8 @@
  * What the files of virtexit.ko share.
  *
  *	main.c		load and unload; the worker
- *	hook.c		the tracepoints: when they are attached, what a hit does
+ *	hook.c		the hook: when it is attached, what a hit does
+ *	time.c		where the time of a vCPU thread goes
  *	reason.c	the exit reason of a vCPU, and whether KVM agrees
  *	slot.c		slots: pool, lookup, retirement, release
  *	device.c	/dev/virtexit
@@ -25,33 +26,55 @@
 #define VX_VERSION "0.1.0"
 
 /* Later than any TSC, so that no time has passed since. */
-#define VX_NOT_ENTERED S64_MAX
+#define VX_NEVER S64_MAX
+
+/* More context switches than there can be. */
+#define VX_LOOK U64_MAX
 
 /**
  * struct vx_slot - what the module knows of a slot beyond its counters
- * @task: thread being counted; compared, never followed; NULL unless LIVE.
- *	It is written by that thread and, with no probe attached, by the
- *	detaching one: so a thread that finds itself in it may use the slot.
+ * @fast: @task while the slot's level is the one that the probes are made for,
+ *	so that nothing more need be asked; else NULL
  * @vcpu_id: vCPU being counted
  * @index: of the slot
- * @generation: of its next or present use; survives the loss of its memory
  * @pub: its counters, mapped by readers; NULL when it has no memory
- * @row: of the exit that is being handled; NULL when there is none
- * @exit_tsc: when that exit occurred
- * @entry_tsc: when the guest was entered; VX_NOT_ENTERED when it is not running
+ * @switches: the thread's context switches up to the last entry; VX_LOOK when
+ *	there is something that the next entry has to look at
+ * @task: thread being counted; NULL unless LIVE. It is written by that thread
+ *	and, with no probe attached, by the detaching one: so a thread that finds
+ *	itself in it may use the slot. With vx_slot_lock held it may be followed.
+ * @handled: cycles of handling of the exit in progress, in stretches that ended
+ * @run_delay: the thread's, when a stretch last ended
+ * @poll_ns: the vCPU's, when a halt last ended
+ * @halt_ns: the vCPU's, when a halt last ended
+ * @recent: its recent exits, mapped by readers; NULL when they have no memory
+ * @level: at which the thread is counted; written by that thread and, with no
+ *	probe attached that a higher level needs, by the detaching one
+ * @want: at which it is to be counted
+ * @look: @want or what it takes has changed
+ * @measure: exits whose cost is still to be measured
+ * @generation: of its next or present use; survives the loss of its memory
  * @hash: in vx_hash while LIVE
  * @list: on the list of free or retired slots
  * @event: on the list of slots whose state is to be announced
  */
 struct vx_slot {
-	struct task_struct *task;
+	struct task_struct *fast;
 	u32 vcpu_id;
 	u32 index;
-	u32 generation;
 	struct virtexit_slot *pub;
-	struct virtexit_row *row;
-	u64 exit_tsc;
-	u64 entry_tsc;
+	u64 switches;
+	struct task_struct *task;
+	u64 handled;
+	u64 run_delay;
+	u64 poll_ns;
+	u64 halt_ns;
+	struct virtexit_recent *recent;
+	u32 level;
+	u32 want;
+	bool look;
+	u8 measure;
+	u32 generation;
 
 	struct hlist_node hash;
 	struct list_head list;
@@ -113,19 +136,26 @@ void vx_hook_stat(struct vx_hook_stat *stat);
 
 /* reason.c */
 const char *vx_reason_vendor(void);
+void *vx_function(const char *name);
 u32 vx_reason_resolve(void);
 void vx_reason_forget(void);
 const char *vx_reason_unusable(u32 isa);
-int vx_reason_check(struct kvm_vcpu *vcpu, u32 isa, u32 *code);
+int vx_reason_check(struct kvm_vcpu *vcpu, u32 isa);
 
 /* slot.c */
 DECLARE_PER_CPU(struct vx_slot *, vx_cache);
 int vx_slots_init(void);
 void vx_slots_exit(void);
 struct vx_slot *vx_slot_find(struct kvm_vcpu *vcpu);
-struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa, u32 code);
+struct vx_slot *vx_slot_find_left(void);
+struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa);
 struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code);
-void vx_slots_untime(void);
+void vx_slot_adopt(struct vx_slot *s, struct kvm_vcpu *vcpu);
+void vx_slots_no_fast(void);
+void vx_slots_fast_time(void);
+void vx_slots_cap(u32 level);
+void vx_slots_wish(u32 level);
+void vx_slots_recent(void);
 void vx_slots_retire_task(struct task_struct *task);
 void vx_slots_retire_all(void);
 int vx_slot_release(u32 index, u32 generation);
@@ -134,12 +164,21 @@ void vx_slots_refill(void);
 void vx_slots_trim(void);
 bool vx_slot_next_event(struct vx_slot_ref *ref);
 void vx_slot_stat(struct vx_slot_stat *stat);
+void vx_header_counting(bool on);
+void vx_header_cost(u64 exit, u64 entry);
 void vx_count_unattributed(void);
 void vx_count_refused(void);
 void vx_slots_pin(void);
 void vx_slots_unpin(void);
 struct page *vx_page(unsigned long pgoff);
 unsigned long vx_map_size(void);
+
+/* time.c */
+void vx_time_begin(struct vx_slot *s, struct kvm_vcpu *vcpu);
+void vx_time_end(struct vx_slot *s);
+void vx_time_wakeup(struct vx_slot *s, struct kvm_vcpu *vcpu);
+void vx_time_leave(struct vx_slot *s, u32 doing);
+void vx_time_enter(struct vx_slot *s);
 
 /* device.c */
 int vx_device_init(void);
@@ -150,6 +189,8 @@ int vx_netlink_init(void);
 void vx_netlink_exit(void);
 void vx_leases_reap(void);
 u32 vx_leases_level(void);
+u32 vx_leases_default(void);
+u32 vx_leases_wish(u32 tgid, u64 start_time);
 void vx_send_vcpu_events(void);
 void vx_send_kvm_event(void);
 
@@ -160,11 +201,35 @@ void vx_send_kvm_event(void);
  * registers that a guest with nested paging may access freely. An unused place
  * leads to row 0, which is in use from the slot's first exit on. So the caller
  * compares the code, and asks vx_row() when it is another.
+ *
+ * Return: its offset in the slot.
  */
-static __always_inline struct virtexit_row *
-vx_row_guess(struct virtexit_slot *pub, u32 code)
+static __always_inline u32 vx_row_guess(struct virtexit_slot *pub, u32 code)
 {
-	return (void *)pub->rows + pub->index[(u8)code];
+	return pub->index[(u8)code];
+}
+
+static __always_inline struct virtexit_row *
+vx_row_at(struct virtexit_slot *pub, u32 offset)
+{
+	return (void *)pub + offset;
+}
+
+/* Neither counts twice what the other does. */
+static __always_inline u64 vx_switches(struct task_struct *task)
+{
+	return task->nvcsw + task->nivcsw;
+}
+
+/* An exit has been handled for so long; its sum is the caller's. */
+static __always_inline void vx_row_handled(struct virtexit_row *row, u64 cycles)
+{
+	unsigned int i;
+
+	i = __fls(cycles | BIT(VIRTEXIT_HIST_SHIFT)) - VIRTEXIT_HIST_SHIFT;
+	if (unlikely(i >= VIRTEXIT_NR_HIST))
+		i = VIRTEXIT_NR_HIST - 1;
+	row->hist[i]++;
 }
 
 #endif /* _VX_H */

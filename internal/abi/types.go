@@ -22,10 +22,19 @@ const (
 	HistShift   = C.VIRTEXIT_HIST_SHIFT
 	NumIndex    = C.VIRTEXIT_NR_INDEX
 	CommLen     = C.VIRTEXIT_COMM_LEN
+	NumRecent   = C.VIRTEXIT_NR_RECENT
+	Present     = C.VIRTEXIT_PRESENT
 
-	LevelOff   = C.VIRTEXIT_LEVEL_OFF
-	LevelCount = C.VIRTEXIT_LEVEL_COUNT
-	LevelTime  = C.VIRTEXIT_LEVEL_TIME
+	LevelOff    = C.VIRTEXIT_LEVEL_OFF
+	LevelPause  = C.VIRTEXIT_LEVEL_PAUSE
+	LevelCount  = C.VIRTEXIT_LEVEL_COUNT
+	LevelTime   = C.VIRTEXIT_LEVEL_TIME
+	LevelRecent = C.VIRTEXIT_LEVEL_RECENT
+
+	InKVM   = C.VIRTEXIT_IN_KVM
+	InUser  = C.VIRTEXIT_IN_USER
+	Halted  = C.VIRTEXIT_HALTED
+	Outside = C.VIRTEXIT_OUTSIDE
 
 	HookNone       = C.VIRTEXIT_HOOK_NONE
 	HookTracepoint = C.VIRTEXIT_HOOK_TRACEPOINT
@@ -47,6 +56,7 @@ const (
 	CmdRelease   = C.VIRTEXIT_CMD_RELEASE
 	CmdVCPUEvent = C.VIRTEXIT_CMD_VCPU_EVENT
 	CmdKVMEvent  = C.VIRTEXIT_CMD_KVM_EVENT
+	CmdLevel     = C.VIRTEXIT_CMD_LEVEL
 	CmdMax       = C.VIRTEXIT_CMD_MAX
 
 	AttrUnspec       = C.VIRTEXIT_A_UNSPEC
@@ -69,6 +79,7 @@ const (
 	AttrTID          = C.VIRTEXIT_A_TID
 	AttrTGID         = C.VIRTEXIT_A_TGID
 	AttrVCPUID       = C.VIRTEXIT_A_VCPU_ID
+	AttrStartTime    = C.VIRTEXIT_A_START_TIME
 	AttrMax          = C.VIRTEXIT_A_MAX
 )
 
@@ -77,4 +88,6 @@ type (
 	CPU    C.struct_virtexit_cpu
 	Slot   C.struct_virtexit_slot
 	Row    C.struct_virtexit_row
+	Recent C.struct_virtexit_recent
+	Exit   C.struct_virtexit_exit
 )

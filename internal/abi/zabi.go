@@ -17,10 +17,19 @@ const (
 	HistShift   = 0x8
 	NumIndex    = 0x100
 	CommLen     = 0x10
+	NumRecent   = 0x200
+	Present     = 0xffffffffffffffff
 
-	LevelOff   = 0x0
-	LevelCount = 0x1
-	LevelTime  = 0x2
+	LevelOff    = 0x0
+	LevelPause  = 0x1
+	LevelCount  = 0x2
+	LevelTime   = 0x3
+	LevelRecent = 0x4
+
+	InKVM   = 0x0
+	InUser  = 0x1
+	Halted  = 0x2
+	Outside = 0x3
 
 	HookNone       = 0x0
 	HookTracepoint = 0x1
@@ -42,7 +51,8 @@ const (
 	CmdRelease   = 0x3
 	CmdVCPUEvent = 0x4
 	CmdKVMEvent  = 0x5
-	CmdMax       = 0x5
+	CmdLevel     = 0x6
+	CmdMax       = 0x6
 
 	AttrUnspec       = 0x0
 	AttrVersion      = 0x1
@@ -64,7 +74,8 @@ const (
 	AttrTID          = 0x11
 	AttrTGID         = 0x12
 	AttrVCPUID       = 0x13
-	AttrMax          = 0x13
+	AttrStartTime    = 0x14
+	AttrMax          = 0x14
 )
 
 type (
@@ -77,10 +88,16 @@ type (
 		SlotSize      uint32
 		NumSlots      uint32
 		TSCKHz        uint32
+		RecentOffset  uint32
+		RecentSize    uint32
+		ExitCost      uint32
+		EntryCost     uint32
 		SlotsBacked   uint32
 		Seq           uint32
 		Released      uint64
 		ReleasedSlots uint64
+		Counted       uint64
+		CountedSince  uint64
 	}
 	CPU struct {
 		Unattributed uint64
@@ -97,11 +114,22 @@ type (
 		VCPUID        uint32
 		ISA           uint32
 		NumRows       uint32
-		Pad           uint32
+		Level         uint32
 		Comm          [16]byte
-		GuestTime     uint64
 		Since         uint64
-		Reserved      [54]uint64
+		RecentHead    uint64
+		HasRecent     uint32
+		Pad           uint32
+		Reserved      [5]uint64
+		TSC           uint64
+		Open          uint32
+		Doing         uint32
+		GuestTime     uint64
+		PollTime      uint64
+		HaltedTime    uint64
+		WaitTime      uint64
+		OutsideTime   uint64
+		Reserved2     [41]uint64
 		Index         [256]uint16
 		Rows          [60]Row
 	}
@@ -111,7 +139,18 @@ type (
 		Count    uint64
 		Time     uint64
 		Max      uint64
-		Reserved [2]uint64
+		UserTime uint64
+		Reserved uint64
 		Hist     [26]uint64
+	}
+	Recent struct {
+		Exits [512]Exit
+	}
+	Exit struct {
+		TSC    uint64
+		Cycles uint64
+		Rip    uint64
+		Code   uint32
+		Pad    uint32
 	}
 )

@@ -5,6 +5,7 @@ package exitreason
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 )
 
@@ -72,6 +73,33 @@ func Name(isa ISA, code uint32) string {
 		return lookup(svmNames, code)
 	}
 	return lookup(nil, code)
+}
+
+// Halts tells whether a code is that of a guest's HLT.
+func Halts(isa ISA, code uint32) bool {
+	switch isa {
+	case VMX:
+		return code&vmxBasic == 12
+	case SVM:
+		return code == 0x78
+	}
+	return false
+}
+
+// Known tells whether a word can be the Name of a code, whatever its case: one
+// of the kernel's names, or a number.
+func Known(isa ISA, word string) bool {
+	names := vmxNames
+	if isa == SVM {
+		names = svmNames
+	}
+	for _, name := range names {
+		if strings.EqualFold(name, word) {
+			return true
+		}
+	}
+	_, err := strconv.ParseUint(word, 0, 32)
+	return err == nil
 }
 
 func lookup(names map[uint32]string, code uint32) string {

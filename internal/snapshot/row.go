@@ -12,6 +12,7 @@ import (
 func (r *Row) Add(o Row) {
 	r.Count += o.Count
 	r.Time += o.Time
+	r.User += o.User
 	r.Max = max(r.Max, o.Max)
 	for i := range r.Hist {
 		r.Hist[i] += o.Hist[i]
@@ -27,6 +28,7 @@ func (r *Row) Add(o Row) {
 func (r Row) Sub(old Row) Row {
 	r.Count -= old.Count
 	r.Time -= old.Time
+	r.User -= old.User
 	highest := -1
 	for i := range r.Hist {
 		r.Hist[i] -= old.Hist[i]

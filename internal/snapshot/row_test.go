@@ -19,6 +19,7 @@ func row(durations ...uint64) Row {
 	for _, d := range durations {
 		r.Count++
 		r.Time += d
+		r.User += d / 3
 		r.Max = max(r.Max, d)
 		r.Hist[bucketOf(d)]++
 	}

@@ -23,22 +23,12 @@ var ErrGone = errors.New("collector gone")
 // released already.
 var ErrStale = errors.New("slot not retired")
 
-// Level is how much is collected.
-type Level uint32
-
-// The levels, each including those before it.
-const (
-	Off   Level = iota // nothing is attached
-	Count              // exits by reason
-	Time               // and their time, maximum and distribution, and guest time
-)
-
 // Info describes a source and its state.
 type Info struct {
 	Collector    string         // "kmod", "replay"
 	Version      string         // of the collector
 	Hook         string         // "none", "tracepoint", "patch"
-	Level        Level          // in force
+	Level        snapshot.Level // in force
 	ISA          exitreason.ISA // of the exits counted; None when KVM is not there
 	KVM          bool           // KVM is loaded
 	Refused      string         // why KVM is there but is not counted; empty when it is
@@ -47,6 +37,8 @@ type Info struct {
 	SlotsRetired int
 	SlotsBacked  int
 	Leases       int
+	ExitCost     int // cycles that the hook takes at an exit, at the least; 0 when unknown
+	EntryCost    int // the same at an entry
 }
 
 // Event says that something about the source changed.
@@ -74,7 +66,15 @@ type Source interface {
 	// Info tells the present state.
 	Info() (Info, error)
 	// SetLevel asks for a level until it is called again or the source closes.
-	SetLevel(Level) error
+	SetLevel(snapshot.Level) error
+	// SetProcessLevel asks for another level, not Off, for one process's vCPUs;
+	// nil takes that back. While SetLevel asks for Off it fails.
+	SetProcessLevel(snapshot.Process, *snapshot.Level) error
+	// Recent returns the latest exits of a slot, latest first, down to number
+	// from. What is missing between from and the last of them has been
+	// overwritten. The slot may be retired; when it has been released since,
+	// the error is ErrStale.
+	Recent(id snapshot.SlotID, from uint64) ([]snapshot.Exit, error)
 	// Snapshot reads all counters.
 	Snapshot() (*snapshot.Snapshot, error)
 	// Release gives retired slots back, whose counts the caller has kept. At
