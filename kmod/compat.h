@@ -6,6 +6,7 @@
 #ifndef _VX_COMPAT_H
 #define _VX_COMPAT_H
 
+#include <linux/kvm.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
 #include <linux/version.h>
@@ -28,6 +29,11 @@ static inline void vx_vm_flags_mod(struct vm_area_struct *vma,
 }
 #else
 #define vx_vm_flags_mod vm_flags_mod
+#endif
+
+/* Since 6.8. */
+#ifndef KVM_EXIT_MEMORY_FAULT
+#define KVM_EXIT_MEMORY_FAULT 39
 #endif
 
 /* Nanoseconds that a thread has waited for a CPU. */

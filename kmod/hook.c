@@ -71,7 +71,8 @@ static bool vx_mismatch;
  * time would pass for the guest's; but the guest's TSC at the exit has been
  * kept. It is of use while TSCs are not scaled.
  */
-static __always_inline void vx_stamp(struct virtexit_slot *pub, u32 offset,
+static __always_inline void vx_stamp(struct virtexit_slot *pub,
+				     struct virtexit_row *row,
 				     struct kvm_vcpu *vcpu, enum vx_via via)
 {
 	u64 now = rdtsc();
@@ -92,8 +93,8 @@ static __always_inline void vx_stamp(struct virtexit_slot *pub, u32 offset,
 	/* Not so without an entry, or where CPUs' TSCs differ. */
 	if (likely(cycles > 0))
 		pub->guest_time += cycles;
-	pub->tsc = now;
-	pub->open = offset;
+	pub->open = (void *)row - (void *)pub;
+	vx_stretch_from(pub, now);
 }
 
 static __always_inline u32 vx_code(struct kvm_vcpu *vcpu, enum vx_via via,
@@ -122,20 +123,19 @@ static __always_inline bool vx_exit(struct kvm_vcpu *vcpu, enum vx_via via,
 	struct vx_slot *s = this_cpu_read(vx_cache);
 	struct virtexit_slot *pub;
 	struct virtexit_row *row;
-	u32 code, offset;
+	u32 code;
 
 	if (unlikely(data_race(s->fast) != current ||
 		     s->vcpu_id != vcpu->vcpu_id))
 		return false;
 	code = vx_code(vcpu, via, given);
 	pub = s->pub;
-	offset = vx_row_guess(pub, code);
-	row = vx_row_at(pub, offset);
+	row = vx_row_guess(pub, code);
 	if (unlikely(row->code != code))
 		return false;
 	row->count++;
 	if (static_branch_unlikely(&vx_timed))
-		vx_stamp(pub, offset, vcpu, via);
+		vx_stamp(pub, row, vcpu, via);
 	return true;
 }
 
@@ -172,7 +172,7 @@ static __always_inline bool vx_entry(struct kvm_vcpu *vcpu)
 	row->time += cycles;
 	vx_row_handled(row, cycles);
 	pub->open = 0;
-	pub->tsc = now;
+	vx_stretch_from(pub, now);
 	return true;
 }
 
@@ -185,8 +185,12 @@ static void vx_log(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 code)
 	e->tsc = pub->tsc;
 	e->cycles = VIRTEXIT_PRESENT;
 	e->code = code;
-	e->rip = pub->isa == VIRTEXIT_ISA_VMX ? vx_rip_vmx() :
-						vcpu->arch.regs[VCPU_REGS_RIP];
+	if (vcpu->arch.guest_state_protected)
+		e->rip = 0;
+	else if (pub->isa == VIRTEXIT_ISA_VMX)
+		e->rip = vx_rip_vmx();
+	else
+		e->rip = vcpu->arch.regs[VCPU_REGS_RIP];
 	/* Whoever sees the number sees the exit. */
 	smp_store_release(&pub->recent_head, head + 1);
 }
@@ -278,7 +282,9 @@ static __always_inline void vx_exit_slow(struct kvm_vcpu *vcpu,
 	}
 	if (unlikely(READ_ONCE(s->look)))
 		vx_slot_adopt(s, vcpu);
-	if (s->measure && vx_exit_measured(s, vcpu, via, given))
+	/* Not before row 0 is in use, to which all codes lead at first. */
+	if (s->measure && s->pub->nr_rows &&
+	    vx_exit_measured(s, vcpu, via, given))
 		goto out;
 	if (s->level < VIRTEXIT_LEVEL_COUNT)
 		goto out;
@@ -289,7 +295,7 @@ static __always_inline void vx_exit_slow(struct kvm_vcpu *vcpu,
 	/* The key, too: without it nothing would end what begins here. */
 	if (s->level >= VIRTEXIT_LEVEL_TIME &&
 	    static_branch_unlikely(&vx_timed)) {
-		vx_stamp(pub, (void *)row - (void *)pub, vcpu, via);
+		vx_stamp(pub, row, vcpu, via);
 		if (s->level == VIRTEXIT_LEVEL_RECENT)
 			vx_log(s, vcpu, code);
 	}
@@ -316,19 +322,19 @@ static noinline void vx_exit_slow_patch(struct kvm_vcpu *vcpu, u32 isa,
 	vx_exit_slow(vcpu, VX_VIA_PATCH, isa, code);
 }
 
-static void vx_probe_exit_svm(void *data, struct kvm_vcpu *vcpu, u32 isa)
+static notrace void vx_probe_exit_svm(void *data, struct kvm_vcpu *vcpu, u32 isa)
 {
 	if (unlikely(!vx_exit(vcpu, VX_VIA_SVM, 0)))
 		vx_exit_slow_svm(data, vcpu, isa);
 }
 
-static void vx_probe_exit_vmx(void *data, struct kvm_vcpu *vcpu, u32 isa)
+static notrace void vx_probe_exit_vmx(void *data, struct kvm_vcpu *vcpu, u32 isa)
 {
 	if (unlikely(!vx_exit(vcpu, VX_VIA_VMX, 0)))
 		vx_exit_slow_vmx(data, vcpu, isa);
 }
 
-static void vx_patch_exit(struct kvm_vcpu *vcpu, u32 isa, u32 code)
+static notrace void vx_patch_exit(struct kvm_vcpu *vcpu, u32 isa, u32 code)
 {
 	if (unlikely(!vx_exit(vcpu, VX_VIA_PATCH, code)))
 		vx_exit_slow_patch(vcpu, isa, code);
@@ -342,16 +348,16 @@ static noinline void vx_entry_slow(struct kvm_vcpu *vcpu)
 		return;
 	if (s->measure && vx_entry_measured(s, vcpu))
 		return;
-	vx_time_enter(s);
+	vx_time_enter(s, vcpu);
 }
 
-static void vx_patch_entry(struct kvm_vcpu *vcpu)
+static notrace void vx_patch_entry(struct kvm_vcpu *vcpu)
 {
 	if (unlikely(!vx_entry(vcpu)))
 		vx_entry_slow(vcpu);
 }
 
-static void vx_probe_entry(void *data, struct kvm_vcpu *vcpu,
+static notrace void vx_probe_entry(void *data, struct kvm_vcpu *vcpu,
 			   bool force_immediate_exit)
 {
 	if (unlikely(!vx_entry(vcpu)))
@@ -367,7 +373,8 @@ static void vx_probe_user(void *data, u32 reason, int error)
 	preempt_disable_notrace();
 	s = vx_slot_find_left();
 	if (s && s->level >= VIRTEXIT_LEVEL_TIME) {
-		if (error < 0 || reason == KVM_EXIT_INTR)
+		if ((error < 0 && reason != KVM_EXIT_MEMORY_FAULT) ||
+		    reason == KVM_EXIT_INTR)
 			doing = VIRTEXIT_OUTSIDE;
 		else if (reason == KVM_EXIT_HLT)
 			doing = VIRTEXIT_HALTED;
@@ -501,13 +508,15 @@ static int vx_pause_on(void)
 /* From COUNT to PAUSE. */
 static void vx_count_off(void)
 {
+	/* Not only at the end of a grace period in which nothing is counted. */
+	vx_header_counting(false);
 	if (vx_now.hook == VIRTEXIT_HOOK_PATCH)
 		vx_patch_unregister(vx_patch_now);
 	else
 		vx_detach_probe(VX_TP_EXIT, vx_probe_exit());
 	tracepoint_synchronize_unregister();
 	vx_now.hook = VIRTEXIT_HOOK_NONE;
-	vx_slots_cap(VIRTEXIT_LEVEL_PAUSE);
+	vx_slots_cap(VIRTEXIT_LEVEL_PAUSE, rdtsc());
 }
 
 /* From PAUSE to COUNT. A hook that is taken, or not whole, is as good as none. */
@@ -515,7 +524,7 @@ static int vx_count_on(void)
 {
 	int err;
 
-	vx_slots_cap(VIRTEXIT_LEVEL_COUNT);
+	vx_slots_cap(VIRTEXIT_LEVEL_COUNT, rdtsc());
 	if (vx_patch_register && !vx_patch_set(&vx_patch_count)) {
 		vx_now.hook = VIRTEXIT_HOOK_PATCH;
 		return 0;
@@ -545,12 +554,15 @@ static void vx_entry_off(void)
 /* From TIME to COUNT. COUNT's own probe stays, so that no exit is lost. */
 static void vx_time_off(void)
 {
+	/* What follows takes its time, in which no stretch is seen to end. */
+	u64 now = rdtsc();
+
 	static_branch_disable(&vx_timed);
 	vx_entry_off();
 	vx_detach_probe(VX_TP_WAKEUP, vx_probe_wakeup);
 	vx_detach_probe(VX_TP_USER, vx_probe_user);
 	tracepoint_synchronize_unregister();
-	vx_slots_cap(VIRTEXIT_LEVEL_COUNT);
+	vx_slots_cap(VIRTEXIT_LEVEL_COUNT, now);
 }
 
 /* From COUNT to TIME. */
@@ -580,7 +592,7 @@ user:
 	vx_detach_probe(VX_TP_USER, vx_probe_user);
 	tracepoint_synchronize_unregister();
 cap:
-	vx_slots_cap(VIRTEXIT_LEVEL_COUNT);
+	vx_slots_cap(VIRTEXIT_LEVEL_COUNT, rdtsc());
 	return err;
 }
 

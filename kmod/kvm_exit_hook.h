@@ -87,15 +87,17 @@ void kvm_exit_hook_unregister(const struct kvm_exit_hook *hook);
 /* The vendor module, which has the sites, says so while it is loaded. */
 void kvm_exit_hook_set_sites(bool present);
 
-DECLARE_STATIC_KEY_FALSE(kvm_exit_hook_enabled);
+DECLARE_STATIC_KEY_FALSE(kvm_exit_hook_exit_enabled);
+DECLARE_STATIC_KEY_FALSE(kvm_exit_hook_entry_enabled);
+DECLARE_STATIC_KEY_FALSE(kvm_exit_hook_destroy_enabled);
 DECLARE_STATIC_CALL(kvm_exit_hook_exit, *((struct kvm_exit_hook *)0)->exit);
 DECLARE_STATIC_CALL(kvm_exit_hook_entry, *((struct kvm_exit_hook *)0)->entry);
 DECLARE_STATIC_CALL(kvm_exit_hook_destroy, *((struct kvm_exit_hook *)0)->destroy);
 
-/* A macro, so that arguments are evaluated only while there is a hook. */
+/* A macro, so that arguments are evaluated only while there is a callback. */
 #define kvm_exit_hook_call(func, ...)					\
 do {									\
-	if (static_branch_unlikely(&kvm_exit_hook_enabled))		\
+	if (static_branch_unlikely(&kvm_exit_hook_##func##_enabled))	\
 		static_call_cond(kvm_exit_hook_##func)(__VA_ARGS__);	\
 } while (0)
 

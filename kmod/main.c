@@ -64,6 +64,7 @@ static int __init vx_load(void)
 		pr_err("the rate of the TSC is not known\n");
 		return -ENODEV;
 	}
+	vx_time_init();
 	err = vx_slots_init();
 	if (err)
 		return err;

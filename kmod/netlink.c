@@ -56,6 +56,8 @@ static DEFINE_SPINLOCK(vx_lease_lock);
 static LIST_HEAD(vx_leases);
 static u32 vx_nr_leases;
 static u32 vx_nr_wishes;
+/* Since vx_leases_changed() was last asked. Under vx_mutex. */
+static bool vx_changed;
 
 static struct genl_family vx_family;
 
@@ -87,6 +89,7 @@ static void vx_wish_drop(struct vx_wish *wish)
 {
 	list_del(&wish->list);
 	vx_nr_wishes--;
+	vx_changed = true;
 	kfree(wish);
 }
 
@@ -152,6 +155,7 @@ void vx_leases_reap(void)
 			list_move(&lease->list, &dead);
 	spin_unlock_bh(&vx_lease_lock);
 	list_for_each_entry_safe(lease, next, &dead, list) {
+		vx_changed = true;
 		list_for_each_entry_safe(wish, later, &lease->wishes, list)
 			vx_wish_drop(wish);
 		vx_nr_leases--;
@@ -188,11 +192,23 @@ static int vx_lease_set(struct sock *sk, u32 portid, u32 level,
 	}
 	if (mine) {
 		mine->level = level;
+		vx_changed = true;
 		mine->dead = level == VIRTEXIT_LEVEL_OFF;
 	}
 	spin_unlock_bh(&vx_lease_lock);
 	kfree(lease);
 	return 0;
+}
+
+/**
+ * vx_leases_changed - what is wished for is not what it was; vx_mutex held
+ */
+bool vx_leases_changed(void)
+{
+	bool changed = vx_changed;
+
+	vx_changed = false;
+	return changed;
 }
 
 static int vx_wish_set(struct sock *sk, u32 tgid, u64 start_time,
@@ -229,6 +245,7 @@ static int vx_wish_set(struct sock *sk, u32 tgid, u64 start_time,
 		vx_nr_wishes++;
 	}
 	wish->level = nla_get_u32(level);
+	vx_changed = true;
 	return 0;
 }
 

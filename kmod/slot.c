@@ -21,6 +21,7 @@
 #include <linux/string.h>
 #include <linux/timekeeping.h>
 #include <linux/vmalloc.h>
+#include <asm/msr.h>
 #include <asm/tsc.h>
 
 #include "compat.h"
@@ -126,7 +127,7 @@ struct vx_slot *vx_slot_find(struct kvm_vcpu *vcpu)
 }
 
 /**
- * vx_slot_find_left - the slot of the vCPU that the calling thread ran last
+ * vx_slot_find_left - the timed slot of the vCPU that the calling thread ran last
  *
  * Preemption is off, and this is no interrupt.
  *
@@ -139,6 +140,7 @@ struct vx_slot *vx_slot_find_left(void)
 	hlist_for_each_entry_rcu(s, vx_bucket(current), hash,
 				 rcu_read_lock_sched_held())
 		if (READ_ONCE(s->task) == current &&
+		    s->level >= VIRTEXIT_LEVEL_TIME &&
 		    (!last || s->pub->tsc > last->pub->tsc))
 			last = s;
 	return last;
@@ -168,8 +170,10 @@ static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa)
 	s->vcpu_id = vcpu->vcpu_id;
 	s->level = VIRTEXIT_LEVEL_PAUSE;
 	s->want = vx_take_level;
-	s->measure = VX_MEASURE;
+	s->measure = 0;
+	s->remeasure = true;
 	s->look = true;
+	s->round = 0;
 	WRITE_ONCE(s->task, current);
 	/* Whoever sees the state sees whose slot it is. */
 	smp_store_release(&pub->state, VIRTEXIT_LIVE);
@@ -217,9 +221,11 @@ struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa)
  */
 struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code)
 {
-	struct virtexit_row *row;
+	struct virtexit_row *row = vx_row_guess(pub, code);
 	u32 i, n = pub->nr_rows;
 
+	if (likely(n && row->code == code))
+		return row;
 	for (i = 0; i < n; i++) {
 		row = &pub->rows[i];
 		if (row->code == code && !(row->flags & VIRTEXIT_ROW_OTHER))
@@ -234,7 +240,7 @@ struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code)
 	} else {
 		row->code = code;
 		/* Who comes first has the place; row 0 has its own already. */
-		if (vx_row_at(pub, vx_row_guess(pub, code)) == pub->rows &&
+		if (vx_row_guess(pub, code) == pub->rows &&
 		    (u8)code != (u8)pub->rows[0].code)
 			pub->index[(u8)code] = (void *)row - (void *)pub;
 	}
@@ -248,13 +254,13 @@ struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code)
  * probe is attached that the higher one needs, and then there is no vcpu.
  */
 static void vx_slot_set_level(struct vx_slot *s, u32 level,
-			      struct kvm_vcpu *vcpu)
+			      struct kvm_vcpu *vcpu, u64 now)
 {
 	bool was_timed = s->level >= VIRTEXIT_LEVEL_TIME;
 	bool timed = level >= VIRTEXIT_LEVEL_TIME;
 
 	if (was_timed && !timed)
-		vx_time_end(s);
+		vx_time_end(s, now);
 	else if (timed && !was_timed)
 		vx_time_begin(s, vcpu);
 	WRITE_ONCE(s->level, level);
@@ -282,9 +288,12 @@ void vx_slot_adopt(struct vx_slot *s, struct kvm_vcpu *vcpu)
 	if (level == VIRTEXIT_LEVEL_RECENT && !s->recent)
 		level = VIRTEXIT_LEVEL_TIME;
 	if (level != s->level)
-		vx_slot_set_level(s, level, vcpu);
+		vx_slot_set_level(s, level, vcpu, rdtsc());
 	if (level != vx_fast_level)
 		s->measure = 0;
+	else if (s->remeasure)
+		s->measure = VX_MEASURE;
+	s->remeasure = false;
 	WRITE_ONCE(s->look, false);
 	WRITE_ONCE(s->fast, level == vx_fast_level && !s->measure ? s->task :
 								    NULL);
@@ -312,7 +321,7 @@ static void vx_slots_look(void)
 
 		raw_spin_lock_irq(&vx_slot_lock);
 		if (s->task) {
-			s->measure = VX_MEASURE;
+			s->remeasure = true;
 			vx_slot_look(s);
 		}
 		raw_spin_unlock_irq(&vx_slot_lock);
@@ -344,8 +353,9 @@ void vx_slots_fast_time(void)
 /**
  * vx_slots_cap - no slot is at a higher level than this; vx_mutex held
  * @level: PAUSE or COUNT; no probe is attached that a higher one needs
+ * @now: when the probes began to go
  */
-void vx_slots_cap(u32 level)
+void vx_slots_cap(u32 level, u64 now)
 {
 	u32 i;
 
@@ -362,8 +372,9 @@ void vx_slots_cap(u32 level)
 		if (s->task) {
 			s->want = min(s->want, level);
 			if (s->level > level)
-				vx_slot_set_level(s, level, NULL);
-			s->measure = VX_MEASURE;
+				vx_slot_set_level(s, level, NULL, now);
+			s->remeasure = true;
+			s->round = 0;
 			vx_slot_look(s);
 		}
 		raw_spin_unlock_irq(&vx_slot_lock);
@@ -378,9 +389,15 @@ void vx_slots_cap(u32 level)
  */
 void vx_slots_wish(u32 level)
 {
+	static u32 round, last;
 	u32 i, want;
 
 	lockdep_assert_held(&vx_mutex);
+	/* What has been asked is not asked again; 0 is that of a new slot. */
+	if (vx_leases_changed() || level != last)
+		if (!++round)
+			round = 1;
+	last = level;
 	want = max_t(u32, min(vx_leases_default(), level),
 		     VIRTEXIT_LEVEL_PAUSE);
 	raw_spin_lock_irq(&vx_slot_lock);
@@ -390,7 +407,8 @@ void vx_slots_wish(u32 level)
 		struct vx_slot *s = &vx_slots[i];
 
 		/* Pairs with vx_slot_fill(). Not reused while vx_mutex is held. */
-		if (smp_load_acquire(&s->pub->state) != VIRTEXIT_LIVE)
+		if (smp_load_acquire(&s->pub->state) != VIRTEXIT_LIVE ||
+		    READ_ONCE(s->round) == round)
 			continue;
 		want = vx_leases_wish(s->pub->tgid, s->pub->tgid_start_time);
 		want = max_t(u32, min(want, level), VIRTEXIT_LEVEL_PAUSE);
@@ -401,7 +419,9 @@ void vx_slots_wish(u32 level)
 		}
 		if (s->task && level >= VIRTEXIT_LEVEL_COUNT)
 			WRITE_ONCE(s->pub->level, want);
+		s->round = round;
 		raw_spin_unlock_irq(&vx_slot_lock);
+		cond_resched();
 	}
 }
 
@@ -441,7 +461,7 @@ void vx_slots_recent(void)
 static void vx_slot_retire(struct vx_slot *s)
 {
 	if (s->level >= VIRTEXIT_LEVEL_TIME)
-		vx_time_end(s);
+		vx_time_end(s, rdtsc());
 	hlist_del_rcu(&s->hash);
 	WRITE_ONCE(s->fast, NULL);
 	WRITE_ONCE(s->task, NULL);

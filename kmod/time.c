@@ -11,7 +11,9 @@
 #include <linux/math64.h>
 #include <linux/sched.h>
 #include <asm/msr.h>
+#include <asm/svm.h>
 #include <asm/tsc.h>
+#include <asm/vmx.h>
 
 #include "compat.h"
 #include "vx.h"
@@ -27,10 +29,21 @@ static u64 vx_halt_ns(const struct kvm_vcpu *vcpu)
 	return vcpu->stat.generic.halt_wait_ns;
 }
 
+/* Cycles per nanosecond, times 2^32. */
+static u64 vx_cycles;
+
+/**
+ * vx_time_init - before there is any slot
+ */
+void vx_time_init(void)
+{
+	vx_cycles = div_u64((u64)tsc_khz << 32, 1000000);
+}
+
 /* Moves nanoseconds that others have measured, as far as there is time left. */
 static void vx_move(u64 *sum, u64 ns, u64 *left)
 {
-	u64 cycles = min(mul_u64_u32_div(ns, tsc_khz, 1000000), *left);
+	u64 cycles = min(mul_u64_u64_shr(ns, vx_cycles, 32), *left);
 
 	*sum += cycles;
 	*left -= cycles;
@@ -72,8 +85,25 @@ static void vx_close(struct vx_slot *s, u64 now, u64 poll_ns, u64 halt_ns)
 		pub->outside_time += left;
 		break;
 	}
-	pub->tsc = now;
+	vx_stretch_from(pub, now);
 	s->switches = VX_LOOK;
+}
+
+static bool vx_row_halts(const struct virtexit_slot *pub,
+			 const struct virtexit_row *row)
+{
+	return !(row->flags & VIRTEXIT_ROW_OTHER) &&
+	       row->code == (pub->isa == VIRTEXIT_ISA_SVM ? SVM_EXIT_HLT :
+							    EXIT_REASON_HLT);
+}
+
+/* The exit in progress is the latest that was logged. */
+static void vx_log_end(struct vx_slot *s, u64 now)
+{
+	u64 last = s->pub->recent_head - 1;
+	struct virtexit_exit *e = &s->recent->exits[last % VIRTEXIT_NR_RECENT];
+
+	WRITE_ONCE(e->cycles, now - e->tsc);
 }
 
 /**
@@ -99,16 +129,23 @@ void vx_time_begin(struct vx_slot *s, struct kvm_vcpu *vcpu)
  * vx_time_end - the present stretch ends, and no other begins
  * @s: the slot, of the caller or, while no probe sees to its time, of another
  *	thread; vx_slot_lock is held
+ * @now: when it ends
  */
-void vx_time_end(struct vx_slot *s)
+void vx_time_end(struct vx_slot *s, u64 now)
 {
 	struct virtexit_slot *pub = s->pub;
 	s64 cycles;
 
 	if (pub->open) {
-		vx_close(s, rdtsc(), 0, 0);
+		/* KVM has not told of a halt that goes on. */
+		if (pub->doing == VIRTEXIT_IN_KVM &&
+		    vx_row_halts(pub, vx_row_at(pub, pub->open)))
+			pub->doing = VIRTEXIT_HALTED;
+		if (s->level == VIRTEXIT_LEVEL_RECENT)
+			vx_log_end(s, now);
+		vx_close(s, now, 0, 0);
 	} else {
-		cycles = rdtsc() - pub->tsc;
+		cycles = now - pub->tsc;
 		if (cycles > 0)
 			pub->guest_time += cycles;
 	}
@@ -127,9 +164,10 @@ void vx_time_wakeup(struct vx_slot *s, struct kvm_vcpu *vcpu)
 	u64 poll_ns = vx_poll_ns(vcpu);
 	u64 halt_ns = vx_halt_ns(vcpu);
 
+	/* The statistics are the vCPU's, which may be another, or were reset. */
 	if (s->pub->open)
-		vx_close(s, rdtsc(), poll_ns - s->poll_ns,
-			 halt_ns - s->halt_ns);
+		vx_close(s, rdtsc(), poll_ns - min(poll_ns, s->poll_ns),
+			 halt_ns - min(halt_ns, s->halt_ns));
 	s->poll_ns = poll_ns;
 	s->halt_ns = halt_ns;
 }
@@ -150,8 +188,9 @@ void vx_time_leave(struct vx_slot *s, u32 doing)
 /**
  * vx_time_enter - the thread enters the guest
  * @s: the slot
+ * @vcpu: that the thread runs
  */
-void vx_time_enter(struct vx_slot *s)
+void vx_time_enter(struct vx_slot *s, struct kvm_vcpu *vcpu)
 {
 	struct virtexit_slot *pub = s->pub;
 	u64 now = rdtsc();
@@ -160,13 +199,8 @@ void vx_time_enter(struct vx_slot *s)
 	if (pub->open) {
 		struct virtexit_row *row = vx_row_at(pub, pub->open);
 
-		if (s->level == VIRTEXIT_LEVEL_RECENT) {
-			u64 last = pub->recent_head - 1;
-			struct virtexit_exit *e;
-
-			e = &s->recent->exits[last % VIRTEXIT_NR_RECENT];
-			WRITE_ONCE(e->cycles, now - e->tsc);
-		}
+		if (s->level == VIRTEXIT_LEVEL_RECENT)
+			vx_log_end(s, now);
 		vx_close(s, now, 0, 0);
 		row->max = max(row->max, s->handled);
 		vx_row_handled(row, s->handled);
@@ -174,6 +208,8 @@ void vx_time_enter(struct vx_slot *s)
 		pub->doing = VIRTEXIT_IN_KVM;
 		pub->open = 0;
 	}
-	pub->tsc = now;
+	vx_stretch_from(pub, now);
+	s->poll_ns = vx_poll_ns(vcpu);
+	s->halt_ns = vx_halt_ns(vcpu);
 	s->switches = vx_switches(current);
 }

@@ -52,7 +52,9 @@
  *	probe attached that a higher level needs, by the detaching one
  * @want: at which it is to be counted
  * @look: @want or what it takes has changed
- * @measure: exits whose cost is still to be measured
+ * @remeasure: the cost of the fast path is to be measured on the slot's exits
+ * @measure: on so many more of them; written by the thread alone
+ * @round: of wishes when @want was set
  * @generation: of its next or present use; survives the loss of its memory
  * @hash: in vx_hash while LIVE
  * @list: on the list of free or retired slots
@@ -73,7 +75,9 @@ struct vx_slot {
 	u32 level;
 	u32 want;
 	bool look;
+	bool remeasure;
 	u8 measure;
+	u32 round;
 	u32 generation;
 
 	struct hlist_node hash;
@@ -153,7 +157,7 @@ struct virtexit_row *vx_row(struct virtexit_slot *pub, u32 code);
 void vx_slot_adopt(struct vx_slot *s, struct kvm_vcpu *vcpu);
 void vx_slots_no_fast(void);
 void vx_slots_fast_time(void);
-void vx_slots_cap(u32 level);
+void vx_slots_cap(u32 level, u64 now);
 void vx_slots_wish(u32 level);
 void vx_slots_recent(void);
 void vx_slots_retire_task(struct task_struct *task);
@@ -174,11 +178,12 @@ struct page *vx_page(unsigned long pgoff);
 unsigned long vx_map_size(void);
 
 /* time.c */
+void vx_time_init(void);
 void vx_time_begin(struct vx_slot *s, struct kvm_vcpu *vcpu);
-void vx_time_end(struct vx_slot *s);
+void vx_time_end(struct vx_slot *s, u64 now);
 void vx_time_wakeup(struct vx_slot *s, struct kvm_vcpu *vcpu);
 void vx_time_leave(struct vx_slot *s, u32 doing);
-void vx_time_enter(struct vx_slot *s);
+void vx_time_enter(struct vx_slot *s, struct kvm_vcpu *vcpu);
 
 /* device.c */
 int vx_device_init(void);
@@ -191,8 +196,15 @@ void vx_leases_reap(void);
 u32 vx_leases_level(void);
 u32 vx_leases_default(void);
 u32 vx_leases_wish(u32 tgid, u64 start_time);
+bool vx_leases_changed(void);
 void vx_send_vcpu_events(void);
 void vx_send_kvm_event(void);
+
+static __always_inline struct virtexit_row *
+vx_row_at(struct virtexit_slot *pub, u32 offset)
+{
+	return (void *)pub + offset;
+}
 
 /**
  * vx_row_guess - the row that the index names for a code
@@ -201,24 +213,24 @@ void vx_send_kvm_event(void);
  * registers that a guest with nested paging may access freely. An unused place
  * leads to row 0, which is in use from the slot's first exit on. So the caller
  * compares the code, and asks vx_row() when it is another.
- *
- * Return: its offset in the slot.
  */
-static __always_inline u32 vx_row_guess(struct virtexit_slot *pub, u32 code)
-{
-	return pub->index[(u8)code];
-}
-
 static __always_inline struct virtexit_row *
-vx_row_at(struct virtexit_slot *pub, u32 offset)
+vx_row_guess(struct virtexit_slot *pub, u32 code)
 {
-	return (void *)pub + offset;
+	return vx_row_at(pub, pub->index[(u8)code]);
 }
 
 /* Neither counts twice what the other does. */
 static __always_inline u64 vx_switches(struct task_struct *task)
 {
 	return task->nvcsw + task->nivcsw;
+}
+
+/* A stretch of time begins. A reader that sees so sees the sums of the last. */
+static __always_inline void vx_stretch_from(struct virtexit_slot *pub, u64 now)
+{
+	barrier();
+	WRITE_ONCE(pub->tsc, now);
 }
 
 /* An exit has been handled for so long; its sum is the caller's. */

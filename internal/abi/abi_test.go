@@ -11,6 +11,7 @@ import (
 	"go/parser"
 	"go/token"
 	"go/types"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -72,6 +73,7 @@ func TestStructs(t *testing.T) {
 	gotSize := map[string]int64{}
 	for _, typ := range []reflect.Type{
 		reflect.TypeFor[Header](), reflect.TypeFor[CPU](), reflect.TypeFor[Slot](), reflect.TypeFor[Row](),
+		reflect.TypeFor[Recent](), reflect.TypeFor[Exit](),
 	} {
 		name := plain(typ.Name())
 		gotSize[name] = int64(typ.Size())
@@ -124,6 +126,9 @@ func TestConstants(t *testing.T) {
 	}
 	for _, m := range regexp.MustCompile(`(?m)^#define\s+(VIRTEXIT_\w+)[ \t]+(.+)$`).FindAllStringSubmatch(string(text), -1) {
 		want[m[1]] = m[2]
+		if m[2] == "(~0ULL)" {
+			want[m[1]] = strconv.FormatUint(math.MaxUint64, 10)
+		}
 	}
 
 	// types.go says which name in Go is which in C, zabi.go what it is worth.

@@ -84,7 +84,7 @@ func run(file string) error {
 // goName spells a field as Go does: Nr_cpus becomes NumCPUs.
 func goName(field string) string {
 	special := map[string]string{
-		"abi": "ABI", "cpu": "CPU", "cpus": "CPUs", "id": "ID", "isa": "ISA", "khz": "KHz", "nr": "Num",
+		"abi": "ABI", "cpu": "CPU", "cpus": "CPUs", "id": "ID", "isa": "ISA", "khz": "KHz", "nr": "Num", "rip": "RIP",
 		"tgid": "TGID", "tid": "TID", "tsc": "TSC", "vcpu": "VCPU",
 	}
 	var name strings.Builder

@@ -149,7 +149,7 @@ type (
 	Exit struct {
 		TSC    uint64
 		Cycles uint64
-		Rip    uint64
+		RIP    uint64
 		Code   uint32
 		Pad    uint32
 	}

@@ -16,7 +16,7 @@
  *	header.recent_offset		header.nr_slots x struct virtexit_recent
  *
  * The header has its final values from the moment the device can be opened,
- * but for slots_backed and those from seq on. A program
+ * but for those from exit_cost on. A program
  * maps the header first, checks magic and abi, and then maps
  * recent_offset + nr_slots * recent_size bytes. Slots below slots_backed have
  * memory and may be read; touching one beyond raises SIGBUS. slots_backed
@@ -50,7 +50,7 @@
  * When a thread has used all rows but one, further new reasons share the last
  * row, which carries VIRTEXIT_ROW_OTHER.
  *
- * At level TIME, each cycle of the thread is in one of these sums:
+ * At level TIME, each cycle since the first exit is in one of these sums:
  *
  *	guest_time	in the guest
  *	poll_time	polling in KVM for the end of a halt
@@ -66,12 +66,15 @@
  * but those of the present stretch, which is added to one of them when it
  * ends. It began at tsc, and is in the guest when open is 0; else
  * the row at that offset of the slot is that of the exit in progress, and doing
- * says what the thread is at. There is none while tsc lies in the future. A
- * thread that has halted, and is not out of KVM_RUN, is VIRTEXIT_IN_KVM, with
- * the row of its HLT.
+ * says what the thread is at. There is none while tsc lies in the future. What a
+ * thread does inside KVM_RUN is not seen before it ends: a thread that has halted
+ * is VIRTEXIT_IN_KVM, with the row of its HLT; or, when it was out of KVM_RUN
+ * since that exit, it still is what it was there. A vCPU that waits to
+ * be started (INIT, SIPI) tells nobody, and is counted as either. Of two vCPUs
+ * that one thread runs in turn, each has the time of the other as user_time.
  *
- * At level RECENT, recent_head counts the exits that have been written to the
- * slot's recent exits, exit i to exits[i % NR_RECENT]. The latest has cycles =
+ * At level RECENT, and from when has_recent is set, recent_head counts the exits
+ * that have been written to the slot's recent exits, exit i to exits[i % NR_RECENT]. The latest has cycles =
  * VIRTEXIT_PRESENT until the next entry. A reader loads recent_head (acquire),
  * copies, and loads it again: those from the second value - NR_RECENT + 1 on
  * are whole.
@@ -220,8 +223,7 @@ struct virtexit_row {
  * @vcpu_id: KVM's number for the vCPU within its guest
  * @isa: enum virtexit_isa
  * @nr_rows: rows in use
- * @level: enum virtexit_level: at which the thread is counted, or was before all
- *	counting was paused
+ * @level: enum virtexit_level: wished for, or what was before all was paused
  * @comm: name of the process (its first thread), NUL-terminated
  * @since: when the slot was taken into use: nanoseconds of CLOCK_BOOTTIME
  * @recent_head: exits written to the recent exits
