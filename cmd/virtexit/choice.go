@@ -29,6 +29,14 @@ func (c *choice) Set(s string) error {
 	return nil
 }
 
+// argument sets the choice from an argument of the command line.
+func (c *choice) argument(name, s string) error {
+	if err := c.Set(s); err != nil {
+		return fmt.Errorf("invalid %s %q: %w", name, s, err)
+	}
+	return nil
+}
+
 // flag makes the choice a flag of cmd, with completion.
 func (c *choice) flag(cmd *cobra.Command, flags *pflag.FlagSet, name, usage string) {
 	flags.Var(c, name, usage)

@@ -104,7 +104,7 @@ Environment:
 	root.SetVersionTemplate("virtexit {{.Version}}\n")
 	root.PersistentFlags().StringVar(&a.socket, "socket", a.socket, "`path` of virtexitd's socket")
 	a.format.flag(root, root.PersistentFlags(), "format", "print as table, json or csv")
-	root.AddCommand(a.list(), a.report(), a.status(), a.on(), a.off())
+	root.AddCommand(a.list(), a.report(), a.status(), a.on(), a.off(), a.level(), a.log())
 	return root
 }
 
@@ -112,7 +112,13 @@ func (a *app) list() *cobra.Command {
 	var all bool
 	cmd := &cobra.Command{
 		Use:   "list",
-		Short: "List domains with their exits a second and most frequent reasons",
+		Short: "List domains with their exits and where their time goes",
+		Long: `List domains: their exits a second, where the time of their vCPUs goes, and the
+most frequent reasons with their shares of the exits.
+
+The time is shared by the Guest, the handling of exits by KVM and by User space
+(QEMU), Idle (halted, or polling for the end of a halt) and Wait for a CPU.
+All is of the latest second or so. "-" is what is not known.`,
 		Example: `  virtexit list
   virtexit list --all --format json`,
 		Args: cobra.NoArgs,
@@ -136,6 +142,9 @@ func (a *app) list() *cobra.Command {
 				domains.Domains = running
 			}
 			a.remark(status)
+			if d := status.Duty; d != nil && collecting(status) {
+				fmt.Fprintf(a.stderr, "collection runs for %v in every %v: rates are those of the time observed\n", time.Duration(d.OnNS), time.Duration(d.EveryNS))
+			}
 			return report.List(a.stdout, domains, report.Format(a.format.value), collecting(status))
 		}),
 	}
@@ -146,6 +155,7 @@ func (a *app) list() *cobra.Command {
 func (a *app) report() *cobra.Command {
 	var (
 		interval time.Duration
+		given    bool // interval
 		total    bool
 		by       = choice{"reason", []string{"reason", "vcpu"}}
 		limit    int
@@ -153,20 +163,24 @@ func (a *app) report() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "report [DOMAIN...]",
 		Short: "Show a domain's exits by reason or by vCPU",
-		Long: `Show a domain's exits by reason or by vCPU: how many, and how long the domain
-waited for each. DOMAIN is an id, a name or a uuid; without it, all running
-domains are shown.
+		Long: `Show where the time of a domain's vCPUs went, and its exits by reason or by
+vCPU: how many, and how long they were handled. DOMAIN is an id, a name or a
+uuid; without it, all running domains are shown.
 
-The time of an exit is that until the guest runs on. Max is the longest since
-counting began, also in a report over an interval. "-" is what is not known.
-In JSON, --limit leaves the rest out.`,
+The time of an exit is that in which KVM or user space (QEMU) handled it, not
+that of a halt or of waiting for a CPU; User is the share of user space. Max is
+the longest since counting began, also in a report over an interval. "-" is what
+is not known. In JSON, --limit leaves the rest out.
+
+Where collection paused, rates are those of the time that was observed.`,
 		Example: `  virtexit report web01                    during the next second
   virtexit report web01 --interval 10s     during the next ten seconds
   virtexit report --total --limit 3        since the start, three top reasons
   virtexit report web01 db01 --by vcpu`,
 		PreRunE: func(cmd *cobra.Command, _ []string) error {
+			given = cmd.Flags().Changed("interval")
 			switch {
-			case total && cmd.Flags().Changed("interval"):
+			case total && given:
 				return errors.New("--interval and --total exclude each other")
 			case interval < api.MinInterval || interval > api.MaxInterval:
 				return fmt.Errorf("--interval %v is not between %v and %v", interval, api.MinInterval, api.MaxInterval)
@@ -186,6 +200,9 @@ In JSON, --limit leaves the rest out.`,
 			if err != nil {
 				return err
 			}
+			if status.Duty != nil && !total && !given {
+				interval = max(interval, time.Duration(status.Duty.EveryNS)) // not just a pause
+			}
 			r, err := c.Report(ctx, domains, interval)
 			if err != nil {
 				return err
@@ -198,7 +215,7 @@ In JSON, --limit leaves the rest out.`,
 		}),
 		ValidArgsFunction: a.complete,
 	}
-	cmd.Flags().DurationVar(&interval, "interval", api.DefaultInterval, "count for this `time`, beginning now")
+	cmd.Flags().DurationVar(&interval, "interval", api.DefaultInterval, "count for this `time`, beginning now; with a duty cycle, by default its period")
 	cmd.Flags().BoolVar(&total, "total", false, "since the domain's start or since collection began")
 	by.flag(cmd, cmd.Flags(), "by", "a row for each reason or vcpu")
 	cmd.Flags().IntVar(&limit, "limit", 0, "show `N` reasons and the sum of the rest (0: all)")
@@ -222,19 +239,37 @@ func (a *app) status() *cobra.Command {
 }
 
 func (a *app) on() *cobra.Command {
-	level := choice{"", []string{"count", "time"}}
+	level := choice{"", []string{"count", "time", "recent"}}
+	var duty dutyFlag
 	cmd := &cobra.Command{
 		Use:   "on",
 		Short: "Switch collection on",
 		Example: `  virtexit on
-  virtexit on --level count    no times, at less cost`,
+  virtexit on --level count    no times, at less cost
+  virtexit on --duty 1s/10s    one second in every ten`,
 		Args: cobra.NoArgs,
 		RunE: a.do(func(ctx context.Context, _ []string) error {
-			return a.set(ctx, api.Collection{Collection: "on", Level: level.value})
+			return a.set(ctx, api.Collection{Collection: "on", Level: level.value, Duty: duty.value})
 		}),
 	}
-	level.flag(cmd, cmd.Flags(), "level", "what to collect: count or time; by default what virtexitd is configured for")
+	level.flag(cmd, cmd.Flags(), "level", "what to collect: count, time or recent; by default what virtexitd is configured for")
+	cmd.Flags().Var(&duty, "duty", "for how long in every period, or always; by default what virtexitd is configured for")
 	return cmd
+}
+
+// dutyFlag is a flag that takes a duty.
+type dutyFlag struct {
+	word  string
+	value *api.Duty
+}
+
+func (d *dutyFlag) String() string { return d.word }
+func (d *dutyFlag) Type() string   { return "on/every" }
+
+func (d *dutyFlag) Set(s string) error {
+	duty, err := api.ParseDuty(s)
+	d.word, d.value = s, &duty
+	return err
 }
 
 func (a *app) off() *cobra.Command {

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"os"
@@ -28,6 +29,11 @@ type fakeBackend struct {
 	domains []api.Domain
 	waits   chan struct{} // if not nil, reports say here that they wait, and do so for ever
 	set     atomic.Pointer[api.Collection]
+
+	exits     []api.LoggedExit
+	level     *string
+	query     api.LogQuery
+	followErr error
 }
 
 func (b *fakeBackend) Status() api.Status   { return b.status }
@@ -70,25 +76,78 @@ func (b *fakeBackend) SetCollection(c api.Collection) (api.Status, error) {
 	return s, nil
 }
 
+func (b *fakeBackend) DomainLevel(domain string) (api.DomainLevel, error) {
+	d, err := api.Find(b.domains, domain)
+	switch {
+	case err != nil:
+		return api.DomainLevel{}, err
+	case !d.Running():
+		return api.DomainLevel{}, &api.ConflictError{Reason: "domain '" + d.Name + "' is not running"}
+	case b.level != nil:
+		return api.DomainLevel{Domain: d.Name, Level: b.level}, nil
+	}
+	return api.DomainLevel{Domain: d.Name, Level: ptr("time"), Default: true}, nil
+}
+
+func (b *fakeBackend) SetDomainLevel(domain string, level *string) (api.DomainLevel, error) {
+	b.level = level
+	return b.DomainLevel(domain)
+}
+
+func (b *fakeBackend) Log(domain string, q api.LogQuery) (api.Log, error) {
+	b.query = q
+	if _, err := b.DomainLevel(domain); err != nil {
+		return api.Log{}, err
+	}
+	return api.Log{Domain: domain, Exits: b.exits, Logged: 1234, Overrun: 722}, nil
+}
+
+func (b *fakeBackend) Follow(ctx context.Context, domain string, q api.LogQuery, write func([]api.LogLine) error) error {
+	b.query = q
+	if _, err := b.DomainLevel(domain); err != nil {
+		return err
+	}
+	lines := []api.LogLine{{Domain: domain}}
+	for i := range b.exits {
+		lines = append(lines, api.LogLine{LoggedExit: &b.exits[i]})
+	}
+	lines = append(lines, api.LogLine{Overrun: 5})
+	if err := write(lines); err != nil {
+		return err
+	}
+	if b.waits != nil {
+		b.waits <- struct{}{}
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	return b.followErr
+}
+
 func ptr[T any](v T) *T { return &v }
 
 func newBackend() *fakeBackend {
 	exit := func(code uint32, reason string, count, mean uint64) api.Exit {
 		return api.Exit{ISA: "svm", Code: code, Reason: reason, Count: count, Rate: float64(count), Share: float64(count) / 1000,
-			TimeNS: count * mean, MeanNS: &mean, P50NS: ptr(mean / 2), P99NS: ptr(mean * 9), MaxNS: ptr(mean * 99)}
+			TimeNS: count * mean, UserNS: count * mean / 4, MeanNS: &mean, P50NS: ptr(mean / 2), P99NS: ptr(mean * 9), MaxNS: ptr(mean * 99)}
 	}
 	since := time.Unix(1e9, 0).UTC()
 	domain := func(id, tgid int, name string) api.Domain {
+		times := api.Times{GuestNS: 9e8, KVMNS: 4e7, UserNS: 1e7, PollNS: 2e6, HaltedNS: 4e7, WaitNS: 8e6}
 		return api.Domain{
-			ID: &id, Name: name, UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa" + string(rune('0'+id))), TGID: tgid, State: "running", Source: "libvirt",
-			Since: &since, SpanNS: 1e9, Count: 1000, Rate: 1000, GuestNS: 9e8, GuestPct: 90,
-			VCPUs: []api.VCPU{{ID: 0, TID: tgid + 1, Exits: 1000, Rate: 1000, TimeNS: 1e8, GuestNS: 9e8, GuestPct: 90}},
+			ID: &id, Name: name, UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa" + string(rune('0'+id))), TGID: tgid, State: "running", Source: "libvirt", Level: "time",
+			Since: &since, WallNS: 1e10, SpanNS: 1e9, Count: 1000, Rate: 1000, Time: times, TimePct: times.Pct(), GuestNS: 9e8, GuestPct: 90,
+			VCPUs: []api.VCPU{{ID: 0, TID: tgid + 1, Exits: 1000, Rate: 1000, Time: times, GuestNS: 9e8, GuestPct: 90}},
 			Exits: []api.Exit{exit(0x78, "hlt", 600, 5000), exit(0x7b, "io", 300, 20000), exit(0x72, "cpuid", 90, 1500), exit(0x400, "npf", 10, 2500)},
 		}
 	}
 	paused := domain(2, 200, "db 02")
 	paused.State = "paused"
+	at := time.Date(2026, 1, 2, 15, 4, 5, 678901234, time.UTC)
 	return &fakeBackend{
+		exits: []api.LoggedExit{
+			{Time: at, VCPU: 0, ISA: "svm", Code: 0x72, Reason: "cpuid", DurationNS: ptr(uint64(1234)), RIP: "0xffffffff81000abc"},
+			{Time: at.Add(-time.Microsecond), VCPU: 11, ISA: "svm", Code: 0x78, Reason: "hlt", RIP: "0x0"},
+		},
 		status: api.Status{Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), Module: "0.1.0", Hook: "tracepoint",
 			Kernel: "6.1.0", ISA: "svm", Slots: api.Slots{Live: 2, Backed: 64, Max: 4096}, Exits: 2000,
 			Libvirt: api.Libvirt{Connected: true, URI: "qemu:///system"}, Since: since},
@@ -120,6 +179,9 @@ func serve(t *testing.T, b *fakeBackend) string {
 }
 
 func TestRun(t *testing.T) {
+	local := time.Local
+	time.Local = time.FixedZone("", 3600)
+	defer func() { time.Local = local }()
 	off := func(b *fakeBackend) { b.status.Collection, b.status.Level = "off", "off" }
 	noModule := func(b *fakeBackend) {
 		b.status.Level, b.status.Collector, b.status.Problem = "off", nil, "the kernel module\nis not loaded"
@@ -138,6 +200,8 @@ func TestRun(t *testing.T) {
 		{name: "list csv", args: "list --format csv", golden: "list.csv"},
 		{name: "list json", args: "list --format=json", golden: "list.json"},
 		{name: "list while off", args: "list", with: off, stderr: offRemark, golden: "list-off.txt"},
+		{name: "list at times", args: "list", with: func(b *fakeBackend) { b.status.Duty = &api.Duty{OnNS: 1e9, EveryNS: 1e10} },
+			stderr: "collection runs for 1s in every 10s: rates are those of the time observed\n", golden: "list.txt"},
 		{name: "list without module", args: "list", with: noModule, stderr: `nothing is collected: the kernel module\nis not loaded` + "\n", golden: "list-off.txt"},
 		{name: "report", args: "report", golden: "report.txt"},
 		{name: "report of a domain by name", args: "report db_02 --interval 100ms --limit 2", golden: "report-limit.txt"},
@@ -154,6 +218,25 @@ func TestRun(t *testing.T) {
 		{name: "on count json", args: "on --level count --format json", golden: "on.json"},
 		{name: "on without module", args: "on", with: noModule, stderr: `nothing is collected: the kernel module\nis not loaded` + "\n", golden: "on.txt"},
 		{name: "off", args: "off", golden: "off.txt"},
+		{name: "on for a part of the time", args: "on --duty 1s/10s", golden: "on.txt"},
+		{name: "level", args: "level web01", golden: "level.txt"},
+		{name: "level json", args: "level web01 --format json", golden: "level.json"},
+		{name: "level csv", args: "level web01 count --format csv", golden: "level.csv"},
+		{name: "level is set", args: "level web01 recent", golden: "level-set.txt"},
+		{name: "level is taken back", args: "level web01 default", with: func(b *fakeBackend) { b.level = ptr("recent") }, golden: "level.txt"},
+		{name: "level while off", args: "level web01 recent", with: off, stderr: offRemark, golden: "level-set.txt"},
+		{name: "log", args: "log web01", golden: "log.txt"},
+		{name: "log without exits", args: "log web01", with: func(b *fakeBackend) { b.exits = nil }, golden: "log-none.txt"},
+		{name: "log json", args: "log web01 --format json", golden: "log.json"},
+		{name: "log csv", args: "log web01 --format csv", golden: "log.csv"},
+		{name: "log followed", args: "log web01 --follow", golden: "log-follow.txt", stderr: "5 exits were overwritten before they were read\n"},
+		{name: "log followed json", args: "log web01 -f --format json", golden: "log-follow.json"},
+		{name: "log followed csv", args: "log web01 -f --format csv", golden: "log.csv", stderr: "5 exits were overwritten before they were read\n"},
+		{name: "log help", args: "log --help", golden: "help-log.txt"},
+		{name: "level help", args: "level --help", golden: "help-level.txt"},
+		{name: "on help", args: "on --help", golden: "help-on.txt"},
+		{name: "completion of a level", args: "__complete level web01 ", golden: "complete-level.txt", stderr: "Completion ended with directive: ShellCompDirectiveNoFileComp\n"},
+		{name: "completion of one domain", args: "__complete log web01 ", golden: "complete-none.txt", stderr: "Completion ended with directive: ShellCompDirectiveNoFileComp\n"},
 		{name: "version", args: "--version", golden: "version.txt"},
 		{name: "help", args: "--help", golden: "help.txt"},
 		{name: "report help", args: "report --help", golden: "help-report.txt"},
@@ -168,12 +251,23 @@ func TestRun(t *testing.T) {
 		{name: "no daemon", args: "--socket /no/sock status", code: 1, stderr: "error: cannot connect to virtexitd at '/no/sock': no such file: is the daemon running?\n"},
 		{name: "completion without daemon", args: "__complete --socket /no/sock report ", golden: "complete-none.txt", stderr: "Completion ended with directive: ShellCompDirectiveNoFileComp\n"},
 
+		{name: "level of a domain that is off", args: "level archive recent", code: 1, stderr: "error: domain 'archive' is not running\n"},
+		{name: "log of an unknown domain", args: "log web99 -f", code: 1, stderr: "error: failed to get domain 'web99'\n"},
+		{name: "log breaks off", args: "log web01 -f --format json", with: func(b *fakeBackend) { b.followErr = errors.New("collector gone") }, code: 1, golden: "log-follow.json", stderr: "error: collector gone\n"},
+
 		{name: "unknown command", args: "frobnicate", code: 2, stderr: "error: unknown command \"frobnicate\" for \"virtexit\"\nTry 'virtexit --help'.\n"},
 		{name: "unknown flag", args: "list --bogus", code: 2, stderr: "error: unknown flag: --bogus\nTry 'virtexit list --help'.\n"},
 		{name: "argument too many", args: "status x", code: 2, stderr: "error: unknown command \"x\" for \"virtexit status\"\nTry 'virtexit status --help'.\n"},
 		{name: "bad format", args: "list --format xml", code: 2, stderr: "error: invalid argument \"xml\" for \"--format\" flag: must be table, json or csv\nTry 'virtexit list --help'.\n"},
 		{name: "bad by", args: "report --by exit", code: 2, stderr: "error: invalid argument \"exit\" for \"--by\" flag: must be reason or vcpu\nTry 'virtexit report --help'.\n"},
-		{name: "bad level", args: "on --level off", code: 2, stderr: "error: invalid argument \"off\" for \"--level\" flag: must be count or time\nTry 'virtexit on --help'.\n"},
+		{name: "bad level", args: "on --level off", code: 2, stderr: "error: invalid argument \"off\" for \"--level\" flag: must be count, time or recent\nTry 'virtexit on --help'.\n"},
+		{name: "bad duty", args: "on --duty 10s/1s", code: 2, stderr: "error: invalid argument \"10s/1s\" for \"--duty\" flag: duty: 10s of collection does not fit in every 1s\nTry 'virtexit on --help'.\n"},
+		{name: "bad level of a domain", args: "level web01 loud", code: 2, stderr: "error: invalid level \"loud\": must be off, count, time, recent or default\nTry 'virtexit level --help'.\n"},
+		{name: "level of nothing", args: "level", code: 2, stderr: "error: accepts between 1 and 2 arg(s), received 0\nTry 'virtexit level --help'.\n"},
+		{name: "log of two", args: "log a b", code: 2, stderr: "error: accepts 1 arg(s), received 2\nTry 'virtexit log --help'.\n"},
+		{name: "log of a negative vcpu", args: "log web01 --vcpu -1", code: 2, stderr: "error: --vcpu -1 is negative\nTry 'virtexit log --help'.\n"},
+		{name: "log of no reason", args: "log web01 --reason=", code: 2, stderr: "error: --reason is empty\nTry 'virtexit log --help'.\n"},
+		{name: "log of a negative limit", args: "log web01 --limit -1", code: 2, stderr: "error: --limit -1 is negative\nTry 'virtexit log --help'.\n"},
 		{name: "bad interval", args: "report --interval soon", code: 2, stderr: "error: invalid argument \"soon\" for \"--interval\" flag: time: invalid duration \"soon\"\nTry 'virtexit report --help'.\n"},
 		{name: "short interval", args: "report --interval 1ms", code: 2, stderr: "error: --interval 1ms is not between 100ms and 1h0m0s\nTry 'virtexit report --help'.\n"},
 		{name: "interval and total", args: "report --total --interval 1s", code: 2, stderr: "error: --interval and --total exclude each other\nTry 'virtexit report --help'.\n"},
@@ -235,6 +329,8 @@ func TestSwitch(t *testing.T) {
 	}{
 		{"on", api.Collection{Collection: "on"}},
 		{"on --level count", api.Collection{Collection: "on", Level: "count"}},
+		{"on --duty 1s/10s", api.Collection{Collection: "on", Duty: &api.Duty{OnNS: 1e9, EveryNS: 1e10}}},
+		{"on --duty always", api.Collection{Collection: "on", Duty: &api.Duty{OnNS: 1e9, EveryNS: 1e9}}},
 		{"off", api.Collection{Collection: "off"}},
 	} {
 		b := newBackend()
@@ -243,11 +339,72 @@ func TestSwitch(t *testing.T) {
 		if code := run(t.Context(), args, &stdout, &stderr); code != 0 {
 			t.Errorf("%s: exit code %d, %s", tt.args, code, &stderr)
 		}
-		if got := b.set.Load(); got == nil || *got != tt.want {
-			t.Errorf("%s: the daemon got %+v, want %+v", tt.args, got, tt.want)
+		if diff := cmp.Diff(&tt.want, b.set.Load()); diff != "" {
+			t.Errorf("%s: the daemon got (-want +got)\n%s", tt.args, diff)
 		}
 	}
 }
+
+func TestLogQuery(t *testing.T) {
+	for _, tt := range []struct {
+		args string
+		want api.LogQuery
+	}{
+		{"log web01", api.LogQuery{}},
+		{"log web01 --vcpu 0 --reason hlt --limit 7", api.LogQuery{VCPU: ptr(0), Reason: "hlt", Limit: 7}},
+		{"log web01 --follow --vcpu 3", api.LogQuery{VCPU: ptr(3)}},
+	} {
+		b := newBackend()
+		var stdout, stderr bytes.Buffer
+		args := append([]string{"--socket", serve(t, b)}, strings.Split(tt.args, " ")...)
+		if code := run(t.Context(), args, &stdout, &stderr); code != 0 {
+			t.Errorf("%s: exit code %d, %s", tt.args, code, &stderr)
+		}
+		if diff := cmp.Diff(tt.want, b.query); diff != "" {
+			t.Errorf("%s: query (-want +got)\n%s", tt.args, diff)
+		}
+	}
+}
+
+// With a duty cycle a report covers a whole period, if no other time is wished.
+func TestReportWithDuty(t *testing.T) {
+	for _, tt := range []struct {
+		args string
+		want time.Duration
+	}{
+		{"report", 3 * time.Second},
+		{"report --interval 200ms", 200 * time.Millisecond},
+		{"report --total", 0},
+	} {
+		b := newBackend()
+		b.status.Duty = &api.Duty{OnNS: 1e9, EveryNS: 3e9}
+		var stdout, stderr bytes.Buffer
+		args := append([]string{"--format", "json", "--socket", serve(t, b)}, strings.Split(tt.args, " ")...)
+		if code := run(t.Context(), args, &stdout, &stderr); code != 0 {
+			t.Errorf("%s: exit code %d, %s", tt.args, code, &stderr)
+		}
+		var r api.Report
+		if err := json.Unmarshal(stdout.Bytes(), &r); err != nil || time.Duration(r.IntervalNS) != tt.want {
+			t.Errorf("%s: interval is %v, want %v (%v)", tt.args, time.Duration(r.IntervalNS), tt.want, err)
+		}
+	}
+}
+
+func TestInterruptFollow(t *testing.T) {
+	b := newBackend()
+	b.waits = make(chan struct{}, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	var stderr bytes.Buffer
+	code := run(ctx, []string{"--socket", serve(t, b), "log", "web01", "--follow"}, hook(cancel), &stderr)
+	if code != exitInterrupted || strings.Contains(stderr.String(), "error") {
+		t.Errorf("exit code %d, stderr %q", code, &stderr)
+	}
+}
+
+// hook is called with each write.
+type hook func()
+
+func (h hook) Write(b []byte) (int, error) { h(); return len(b), nil }
 
 func TestInterrupt(t *testing.T) {
 	b := newBackend()
@@ -267,9 +424,9 @@ func (fullDisk) Write([]byte) (int, error) { return 0, errors.New("no space left
 
 func TestWriteError(t *testing.T) {
 	path := serve(t, newBackend())
-	for _, command := range []string{"list", "report", "status", "on", "off"} {
+	for _, command := range []string{"list", "report", "status", "on", "off", "level web01", "log web01", "log web01 -f"} {
 		var stderr bytes.Buffer
-		if code := run(t.Context(), []string{"--socket", path, command}, fullDisk{}, &stderr); code != 1 || stderr.String() != "error: no space left\n" {
+		if code := run(t.Context(), append([]string{"--socket", path}, strings.Split(command, " ")...), fullDisk{}, &stderr); code != 1 || stderr.String() != "error: no space left\n" {
 			t.Errorf("%s: exit code %d, %s", command, code, &stderr)
 		}
 	}

@@ -23,7 +23,7 @@ import (
 	"virtexit/internal/api"
 	"virtexit/internal/daemon"
 	"virtexit/internal/ledger"
-	"virtexit/internal/source"
+	"virtexit/internal/snapshot"
 )
 
 const defaultConfig = "/etc/virtexit/virtexitd.yaml"
@@ -31,7 +31,8 @@ const defaultConfig = "/etc/virtexit/virtexitd.yaml"
 // config is what an administrator can set.
 type config struct {
 	on         bool
-	level      source.Level
+	level      snapshot.Level
+	duty       api.Duty
 	interval   time.Duration
 	retention  ledger.Retention
 	socket     string
@@ -46,6 +47,7 @@ type config struct {
 var defaults = map[string]string{
 	"collection":      "on",
 	"level":           "time",
+	"duty":            "always",
 	"interval":        "1s",
 	"retention":       "1h",
 	"retention_count": "1000",
@@ -143,7 +145,11 @@ func (c *config) set(key, value string) (allowed string) {
 		}
 	case "level":
 		if c.level, err = daemon.ParseLevel(value); err != nil {
-			return "count and time are allowed"
+			return "count, time and recent are allowed"
+		}
+	case "duty":
+		if c.duty, err = api.ParseDuty(value); err != nil {
+			return err.Error()
 		}
 	case "interval":
 		if c.interval, err = time.ParseDuration(value); err != nil || c.interval < 100*time.Millisecond || c.interval > time.Hour {

@@ -15,14 +15,16 @@ import (
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
 
+	"virtexit/internal/api"
 	"virtexit/internal/ledger"
-	"virtexit/internal/source"
+	"virtexit/internal/snapshot"
 )
 
 // builtIn is what the daemon does when nothing is configured.
 var builtIn = config{
 	on:         true,
-	level:      source.Time,
+	level:      snapshot.Time,
+	duty:       api.Duty{OnNS: 1e9, EveryNS: 1e9},
 	interval:   time.Second,
 	retention:  ledger.Retention{Age: time.Hour, Count: 1000},
 	socket:     "/run/virtexit/virtexit.sock",
@@ -69,12 +71,13 @@ func TestLoad(t *testing.T) {
 		{name: "off", file: "collection: off", want: with(func(c *config) { c.on = false })},
 		{name: "file", file: "level: count\ninterval: 250ms\nretention: 5m\nretention_count: 3\nadmin_group: wheel\ngroup: \"\"\ncollector: replay:/tmp/x:y\n",
 			want: with(func(c *config) {
-				c.level, c.interval, c.group, c.adminGroup, c.replay = source.Count, 250*time.Millisecond, "", "wheel", "/tmp/x:y"
+				c.level, c.interval, c.group, c.adminGroup, c.replay = snapshot.Count, 250*time.Millisecond, "", "wheel", "/tmp/x:y"
 				c.retention = ledger.Retention{Age: 5 * time.Minute, Count: 3}
 			})},
+		{name: "level recent, at times", file: "level: recent\nduty: 1s/10s", want: with(func(c *config) { c.level, c.duty = snapshot.Recent, api.Duty{OnNS: 1e9, EveryNS: 1e10} })},
 		{name: "group given by number", file: "group: 0", want: with(func(c *config) { c.group = "0" })},
 		{name: "environment before file", file: "interval: 5s\nlevel: count", env: map[string]string{"VIRTEXIT_INTERVAL": "7s", "VIRTEXIT_RETENTION_COUNT": "9"},
-			want: with(func(c *config) { c.interval, c.level, c.retention.Count = 7*time.Second, source.Count, 9 })},
+			want: with(func(c *config) { c.interval, c.level, c.retention.Count = 7*time.Second, snapshot.Count, 9 })},
 		{name: "flag before environment", file: "socket: /1\nlog_level: warn", env: map[string]string{"VIRTEXIT_SOCKET": "/2", "VIRTEXIT_LOG_LEVEL": "debug"}, args: []string{"--socket=/3"},
 			want: with(func(c *config) { c.socket, c.logLevel = "/3", slog.LevelDebug })},
 		{name: "empty libvirt_uri", file: `libvirt_uri: ""`, want: builtIn},
@@ -89,8 +92,15 @@ func TestLoad(t *testing.T) {
 		{name: "list", file: "level: [count]", err: "level: [count] is not valid"},
 		{name: "keys below a key", file: "socket: {path: /x}", err: "socket: map[path:/x] is not valid"},
 		{name: "collection", file: "collection: true", err: `collection: "true" is not valid: on and off are allowed`},
-		{name: "level", file: "level: detail", err: `level: "detail" is not valid: count and time are allowed`},
+		{name: "level", file: "level: detail", err: `level: "detail" is not valid: count, time and recent are allowed`},
 		{name: "level off", file: "level: off", err: `level: "off" is not valid`},
+		{name: "duty", file: "duty: 1/10", err: `duty: "1/10" is not valid: duty: two durations are wanted, such as 1s/10s, or always`},
+		{name: "duty with keys", file: "duty: {on: 1s, every: 10s}", err: "duty: map[every:10s on:1s] is not valid"},
+		{name: "half a duty", file: "duty: 1s", err: `duty: "1s" is not valid: duty: two durations are wanted`},
+		{name: "duty that does not fit", file: "duty: 10s/1s", err: "10s of collection does not fit in every 1s"},
+		{name: "short duty", file: "duty: 1ms/10s", err: "1ms of collection is shorter than 100ms"},
+		{name: "short pause", file: "duty: 10s/10001ms", err: "a pause of 1ms is shorter than 100ms"},
+		{name: "long duty", file: "duty: 1s/2h", err: "a period of 2h0m0s is longer than 1h0m0s"},
 		{name: "interval without unit", file: "interval: 5", err: `interval: "5" is not valid: a duration from 100ms to 1h is allowed`},
 		{name: "interval too short", file: "interval: 99ms", err: `interval: "99ms" is not valid`},
 		{name: "interval too long", file: "interval: 61m", err: `interval: "61m" is not valid`},
@@ -169,7 +179,7 @@ func FuzzLoad(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if c.level != source.Count && c.level != source.Time || c.interval < 100*time.Millisecond || c.interval > time.Hour ||
+		if c.level < snapshot.Count || c.level > snapshot.Recent || c.duty.Check() != nil || c.interval < 100*time.Millisecond || c.interval > time.Hour ||
 			c.retention.Age < 0 || c.retention.Count < 0 || !filepath.IsAbs(c.socket) || c.libvirtURI == "" {
 			t.Errorf("accepted %+v", c)
 		}

@@ -88,9 +88,11 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 		Libvirt:    libvirt,
 		On:         c.on,
 		Level:      c.level,
+		Duty:       c.duty,
 		Interval:   c.interval,
 		Retention:  c.retention,
 		BootTime:   bootTime,
+		CPUTime:    cpuTime,
 		Kernel:     kernelRelease(),
 		Version:    version,
 		Log:        log,
@@ -185,6 +187,15 @@ func bootTime() time.Duration {
 		panic(err) // Linux has had it since 2.6.39
 	}
 	return time.Duration(t.Nano())
+}
+
+// cpuTime is the processor time that this process has used.
+func cpuTime() time.Duration {
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		panic(err) // the only failures are a bad address and a bad number
+	}
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
 func kernelRelease() string {

@@ -24,20 +24,25 @@ type Status struct {
 	Schema     string  `json:"schema"`
 	Version    string  `json:"version"`           // of the daemon
 	Collection string  `json:"collection"`        // "on", "off"
-	Level      string  `json:"level"`             // in force: "off", "count", "time"
+	Level      string  `json:"level"`             // in force: "off", "pause", "count", "time", "recent"; some domains may have one of their own
 	Collector  *string `json:"collector"`         // "kmod", "replay"; null when there is none
 	Problem    string  `json:"problem,omitempty"` // why nothing is collected, in a sentence
 	Module     string  `json:"module,omitempty"`  // version of the collector
 	Hook       string  `json:"hook"`              // "none", "tracepoint", "patch"
 	Kernel     string  `json:"kernel"`            // release
 	ISA        string  `json:"isa"`               // "vmx", "svm", "none"
-	Slots      Slots   `json:"slots"`
+	// HookCycles is the estimate of what the hook takes an exit and the entry
+	// after it, in TSC cycles; 0: unknown.
+	HookCycles int   `json:"hook_cycles"`
+	Duty       *Duty `json:"duty"` // null: always
+	Slots      Slots `json:"slots"`
 	// Exits = those of all domains, present and past, + Unattributed + Missed.
 	Exits        uint64    `json:"exits"`        // that the kernel has counted; also by a collector that was since unloaded
 	Unattributed uint64    `json:"unattributed"` // of these, charged to no vCPU
 	Missed       uint64    `json:"missed"`       // of these, taken by another reader or before this daemon started
 	Libvirt      Libvirt   `json:"libvirt"`
 	Since        time.Time `json:"since"` // the daemon's start
+	CPU          CPU       `json:"cpu"`
 }
 
 // Slots tells how much of the kernel's memory for counters is used.
@@ -48,6 +53,12 @@ type Slots struct {
 	Max     int `json:"max"`
 }
 
+// CPU is the daemon's processor time, in percent of one CPU.
+type CPU struct {
+	TotalPct  float64 `json:"total_pct"`  // since its start
+	LatestPct float64 `json:"latest_pct"` // over the latest sampling period
+}
+
 // Libvirt tells how the connection that names domains is.
 type Libvirt struct {
 	Connected bool   `json:"connected"`
@@ -55,8 +66,9 @@ type Libvirt struct {
 	Error     string `json:"error,omitempty"`
 }
 
-// Domains is the answer to GET /v1/domains. Counts are totals; rates and
-// guest_pct are those over the daemon's latest sampling period.
+// Domains is the answer to GET /v1/domains. Counts and times are totals; rates
+// and percentages are those over the daemon's latest sampling period in which
+// it counted.
 type Domains struct {
 	Schema  string   `json:"schema"`
 	Domains []Domain `json:"domains"`
@@ -85,13 +97,18 @@ type Domain struct {
 	TGID   int        `json:"tgid"` // 0 when not running
 	State  string     `json:"state"`
 	Source string     `json:"source"` // what named it: "libvirt", "rundir", "proc", "process"
+	Level  string     `json:"level"`  // in force: "off", also while paused; "count", "time", "recent"
 	Since  *time.Time `json:"since"`  // counting began; null when nothing was counted
-	// SpanNS is the time that the counts cover; rate = count / span.
+	// WallNS is the time that the counts cover. SpanNS is the part of it that
+	// was observed, all of it unless collection paused; rate = count / span.
+	WallNS   int64   `json:"wall_ns"`
 	SpanNS   int64   `json:"span_ns"`
 	Count    uint64  `json:"count"`     // exits, all reasons
 	Rate     float64 `json:"rate"`      // exits a second
-	GuestNS  uint64  `json:"guest_ns"`  // time in the guest, all vCPUs
-	GuestPct float64 `json:"guest_pct"` // of SpanNS x vCPUs
+	Time     Times   `json:"time"`      // of all vCPUs
+	TimePct  TimePct `json:"time_pct"`  // its shares, over what Rate covers
+	GuestNS  uint64  `json:"guest_ns"`  // of Time
+	GuestPct float64 `json:"guest_pct"` // of TimePct
 	VCPUs    []VCPU  `json:"vcpus"`
 	Exits    []Exit  `json:"exits"` // most frequent first
 }
@@ -102,14 +119,64 @@ type VCPU struct {
 	TID      int     `json:"tid"` // the thread that ran it last
 	Exits    uint64  `json:"exits"`
 	Rate     float64 `json:"rate"`
-	TimeNS   uint64  `json:"time_ns"` // from exit to entry
-	GuestNS  uint64  `json:"guest_ns"`
-	GuestPct float64 `json:"guest_pct"`
+	Time     Times   `json:"time"`
+	GuestNS  uint64  `json:"guest_ns"`  // of Time
+	GuestPct float64 `json:"guest_pct"` // of the sum of Time
 }
 
-// Exit is one reason's share of a domain's exits. The times are those from an
-// exit to the next entry; percentiles are interpolated in a log2 distribution.
-// They are null when no exit was timed.
+// Times says where the observed wall time of vCPU threads went. Their sum is
+// that time; it is 0 where no times are measured, as at level count.
+type Times struct {
+	GuestNS   uint64 `json:"guest_ns"`
+	KVMNS     uint64 `json:"kvm_ns"`  // KVM handled an exit
+	UserNS    uint64 `json:"user_ns"` // user space (QEMU) handled an exit
+	PollNS    uint64 `json:"poll_ns"` // KVM polled for the end of a halt
+	HaltedNS  uint64 `json:"halted_ns"`
+	WaitNS    uint64 `json:"wait_ns"`    // waiting for a CPU
+	OutsideNS uint64 `json:"outside_ns"` // out of KVM with no exit to handle
+}
+
+// Sum is the wall time of the vCPU threads.
+func (t Times) Sum() uint64 {
+	return t.GuestNS + t.KVMNS + t.UserNS + t.PollNS + t.HaltedNS + t.WaitNS + t.OutsideNS
+}
+
+// TimePct is how many percent of a sum each of the Times is. All are 0 where
+// that is 0.
+type TimePct struct {
+	Guest   float64 `json:"guest"`
+	KVM     float64 `json:"kvm"`
+	User    float64 `json:"user"`
+	Poll    float64 `json:"poll"`
+	Halted  float64 `json:"halted"`
+	Wait    float64 `json:"wait"`
+	Outside float64 `json:"outside"`
+}
+
+// Pct returns the shares of the sum.
+func (t Times) Pct() TimePct {
+	sum := t.Sum()
+	pct := func(part uint64) float64 {
+		if sum == 0 {
+			return 0
+		}
+		return 100 * float64(part) / float64(sum)
+	}
+	return TimePct{
+		Guest:   pct(t.GuestNS),
+		KVM:     pct(t.KVMNS),
+		User:    pct(t.UserNS),
+		Poll:    pct(t.PollNS),
+		Halted:  pct(t.HaltedNS),
+		Wait:    pct(t.WaitNS),
+		Outside: pct(t.OutsideNS),
+	}
+}
+
+// Exit is one reason's share of a domain's exits. The times are those of
+// handling, by KVM and by user space: not those of a halt or of waiting for a
+// CPU. Percentiles are interpolated in a log2 distribution. Those that can be
+// null are when no exit was timed.
 type Exit struct {
 	ISA    string  `json:"isa"`
 	Code   uint32  `json:"code"`
@@ -118,6 +185,7 @@ type Exit struct {
 	Rate   float64 `json:"rate"`
 	Share  float64 `json:"share"` // of the domain's exits, 0..1
 	TimeNS uint64  `json:"time_ns"`
+	UserNS uint64  `json:"user_ns"` // of TimeNS, by user space (QEMU)
 	MeanNS *uint64 `json:"mean_ns"`
 	P50NS  *uint64 `json:"p50_ns"`
 	P99NS  *uint64 `json:"p99_ns"`
@@ -127,7 +195,8 @@ type Exit struct {
 // Collection is the body of PUT /v1/collection.
 type Collection struct {
 	Collection string `json:"collection"`      // "on", "off"
-	Level      string `json:"level,omitempty"` // with "on": "count", "time"; the configured one when absent
+	Level      string `json:"level,omitempty"` // with "on": "count", "time", "recent"; the configured one when absent
+	Duty       *Duty  `json:"duty,omitempty"`  // with "on"; the configured one when absent
 }
 
 // Error is the body of every answer that is not a success. With Domain, the

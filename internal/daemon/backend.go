@@ -10,19 +10,23 @@ import (
 	"virtexit/internal/api"
 	"virtexit/internal/exitreason"
 	"virtexit/internal/ledger"
-	"virtexit/internal/source"
+	"virtexit/internal/snapshot"
 )
 
 // Status tells how collection goes.
 func (d *Daemon) Status() api.Status {
 	d.sample() // a failure is the status's problem
 	d.mu.Lock()
-	src, problem, level, totals := d.source, d.problem, d.level, d.view.Totals
+	src, problem, level, duty, totals, usage := d.source, d.problem, d.wish.level, d.wish.duty, d.view.Totals, d.usage
+	forAll := snapshot.Recent // where the collector tells of a higher level, it is that of some domains alone
+	if len(d.given) > 0 {
+		forAll = d.wish.now()
+	}
 	d.mu.Unlock()
 	s := api.Status{
 		Version:      d.config.Version,
 		Collection:   "on",
-		Level:        levelName(source.Off),
+		Level:        snapshot.Off.String(),
 		Hook:         "none",
 		Kernel:       d.config.Kernel,
 		ISA:          exitreason.None.String(),
@@ -30,8 +34,15 @@ func (d *Daemon) Status() api.Status {
 		Unattributed: totals.Unattributed,
 		Missed:       totals.Missed,
 		Since:        d.started,
+		CPU: api.CPU{
+			TotalPct:  share(d.config.CPUTime(), time.Since(d.started)),
+			LatestPct: share(usage[1].cpu-usage[0].cpu, usage[1].at-usage[0].at),
+		},
 	}
-	if level == source.Off {
+	if level != snapshot.Off && !duty.Always() {
+		s.Duty = &duty
+	}
+	if level == snapshot.Off {
 		s.Collection = "off"
 	}
 	if l := d.config.Libvirt; l != nil {
@@ -46,15 +57,16 @@ func (d *Daemon) Status() api.Status {
 		case problem != nil:
 		case info.Refused != "":
 			problem = fmt.Errorf("KVM is not counted: %s", info.Refused)
-		case !info.KVM && level != source.Off:
+		case !info.KVM && level != snapshot.Off:
 			problem = errNoKVM
 		}
 		if err == nil {
 			s.Collector = &info.Collector
 			s.Module = info.Version
 			s.Hook = info.Hook
+			s.HookCycles = info.ExitCost + info.EntryCost
 			s.ISA = info.ISA.String()
-			s.Level = levelName(info.Level)
+			s.Level = min(info.Level, forAll).String()
 			s.Slots = api.Slots{Live: info.SlotsLive, Retired: info.SlotsRetired, Backed: info.SlotsBacked, Max: info.SlotsMax}
 		}
 	}
@@ -80,13 +92,14 @@ func (d *Daemon) Domains() api.Domains {
 }
 
 // Report tells what the named domains, or all that run, did in an interval
-// that begins now, or all that is known of them when interval is 0.
+// that begins now, or all that is known of them when interval is 0. With a duty
+// cycle an interval should be as long as its period: a shorter one may fall into
+// a pause, of which nothing is known.
 func (d *Daemon) Report(ctx context.Context, names []string, interval time.Duration) (api.Report, error) {
 	if err := d.sample(); err != nil && interval > 0 {
 		return api.Report{}, err
 	}
 	end := d.latest()
-	sinceStart := func(total *ledger.Total) (counts, rates *ledger.Total) { return total, total }
 	if interval == 0 {
 		domains, err := choose(d.list(end, sinceStart), names)
 		return api.Report{Total: true, Time: d.wall(end.Time), Domains: domains}, err
@@ -110,42 +123,15 @@ func (d *Daemon) Report(ctx context.Context, names []string, interval time.Durat
 	return api.Report{Time: d.wall(end.Time), IntervalNS: int64(end.Time - begin.Time), Domains: domains}, err
 }
 
-// SetCollection switches collection on or off. The wish stays when the
-// collector is absent or fails.
-func (d *Daemon) SetCollection(c api.Collection) (api.Status, error) {
-	level, err := d.wish(c)
-	if err != nil {
-		return api.Status{}, err
-	}
-	if err := d.setLevel(level); err != nil {
-		return api.Status{}, err
-	}
-	return d.Status(), nil
-}
+// sinceStart picks what list shows of a process: all of it.
+func sinceStart(total *ledger.Total) (counts, rates *ledger.Total) { return total, total }
 
-func (d *Daemon) wish(c api.Collection) (source.Level, error) {
-	if c.Collection == "off" {
-		return source.Off, nil
+// share is how many percent of a time a part of it is.
+func share(part, of time.Duration) float64 {
+	if of <= 0 {
+		return 0
 	}
-	if c.Level == "" {
-		return d.config.Level, nil
-	}
-	return ParseLevel(c.Level)
-}
-
-func (d *Daemon) setLevel(level source.Level) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.level = level
-	d.config.Log.Info("collection switched", "level", levelName(level))
-	if d.source == nil {
-		return nil
-	}
-	if err := d.source.SetLevel(level); err != nil {
-		return fmt.Errorf("setting the level: %w", err)
-	}
-	d.sampleLocked() // what is switched off is counted to its end; a failure is the status's problem
-	return nil
+	return 100 * part.Seconds() / of.Seconds()
 }
 
 func (d *Daemon) latest() *ledger.View {
@@ -157,23 +143,4 @@ func (d *Daemon) latest() *ledger.View {
 // wall converts the ledger's time to the wall clock's.
 func (d *Daemon) wall(t uint64) time.Time {
 	return time.Now().Add(time.Duration(t) - d.config.BootTime()).Round(time.Millisecond)
-}
-
-var levels = [...]string{source.Off: "off", source.Count: "count", source.Time: "time"}
-
-func levelName(l source.Level) string {
-	if int(l) < len(levels) {
-		return levels[l]
-	}
-	return fmt.Sprintf("level(%d)", uint32(l))
-}
-
-// ParseLevel returns the level that a word means: "count" or "time".
-func ParseLevel(word string) (source.Level, error) {
-	for l := source.Count; int(l) < len(levels); l++ {
-		if levels[l] == word {
-			return l, nil
-		}
-	}
-	return source.Off, fmt.Errorf("level %q is unknown: count and time are allowed", word)
 }

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"virtexit/internal/api"
 	"virtexit/internal/ledger"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
@@ -48,10 +49,12 @@ type Config struct {
 	Identities Identities
 	Libvirt    Libvirt // may be nil
 	On         bool    // collect from the start
-	Level      source.Level
+	Level      snapshot.Level
+	Duty       api.Duty      // the zero one: always
 	Interval   time.Duration // from one snapshot to the next
 	Retention  ledger.Retention
 	BootTime   func() time.Duration // CLOCK_BOOTTIME
+	CPUTime    func() time.Duration // that this process has used
 	Kernel     string               // release
 	Version    string
 	Log        *slog.Logger
@@ -63,15 +66,24 @@ type Daemon struct {
 	config   Config
 	started  time.Time
 	identify chan struct{} // asks for a refresh of the identities
+	switched chan struct{} // tells that level or duty changed
 
-	mu      sync.Mutex // guards what follows, and the order of snapshots
-	source  source.Source
-	problem error        // why source is nil, or what is wrong with it
-	level   source.Level // wished for
-	ledger  *ledger.Ledger
-	view    *ledger.View    // the latest
-	period  [2]*ledger.View // at the beginning and the end of the latest full period
+	mu        sync.Mutex // guards what follows, and the order of snapshots
+	source    source.Source
+	problem   error // why source is nil, or what is wrong with it
+	wish      wish
+	given     map[snapshot.Process]snapshot.Level // by the wish, to the open source
+	ledger    *ledger.Ledger
+	snap      *snapshot.Snapshot                // the latest of the open source
+	view      *ledger.View                      // of snap
+	period    [2]*ledger.View                   // at the beginning and the end of the latest full period
+	usage     [2]usage                          // the same for our own processor time
+	followers int                               // of logs
+	kept      map[snapshot.SlotID]time.Duration // slots that followers may want to read yet, since when
 }
+
+// usage is how much processor time we had used.
+type usage struct{ at, cpu time.Duration }
 
 // New returns a Daemon that collects nothing before Run.
 func New(c Config) *Daemon {
@@ -79,11 +91,14 @@ func New(c Config) *Daemon {
 		config:   c,
 		started:  time.Now(),
 		identify: make(chan struct{}, 1),
+		switched: make(chan struct{}, 1),
+		wish:     wish{duty: c.Duty, processes: make(map[snapshot.Process]snapshot.Level)},
+		given:    make(map[snapshot.Process]snapshot.Level),
 		problem:  errors.New("starting"),
 		ledger:   ledger.New(c.Retention),
 	}
 	if c.On {
-		d.level = c.Level
+		d.wish.level = c.Level
 	}
 	d.view = d.ledger.View()
 	d.period = [2]*ledger.View{d.view, d.view}
@@ -96,6 +111,7 @@ func (d *Daemon) Run(ctx context.Context) {
 	var others sync.WaitGroup
 	defer others.Wait()
 	others.Go(func() { d.keepIdentities(ctx) })
+	others.Go(func() { d.keepDuty(ctx) })
 	if d.config.Libvirt != nil {
 		others.Go(func() { d.config.Libvirt.Run(ctx) }) // ends with ctx and for no other reason
 	}
@@ -165,13 +181,15 @@ func (d *Daemon) attach(src source.Source) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.level != source.Off {
-		if err := src.SetLevel(d.level); err != nil {
+	clear(d.given)
+	if d.wish.level != snapshot.Off {
+		if err := src.SetLevel(d.wish.now()); err != nil {
 			return fmt.Errorf("collector: setting the level: %w", err)
 		}
 	}
 	d.ledger.Reopen()
-	d.source, d.problem = src, nil
+	d.source, d.problem, d.snap = src, nil, nil
+	d.usage = [2]usage{d.used(), d.used()}
 	d.config.Log.Info("collector opened", "collector", info.Collector, "version", info.Version, "isa", info.ISA)
 	return d.sampleLocked()
 }
@@ -221,8 +239,11 @@ func (d *Daemon) sampleLocked() error {
 		return d.trouble(err)
 	}
 	d.problem = nil
-	d.view = d.ledger.View()
-	if len(release) > 0 {
+	d.snap, d.view = snap, d.ledger.View()
+	if err := d.commandProcesses(); err != nil {
+		d.config.Log.Debug("setting levels of processes", "error", err)
+	}
+	if release = d.keep(release); len(release) > 0 {
 		// What can't be released now is asked for again at the next snapshot.
 		if err := d.source.Release(release); err != nil {
 			d.config.Log.Debug("releasing slots", "error", err)
@@ -255,13 +276,22 @@ func (d *Daemon) endPeriod() error {
 		domain, known := d.config.Identities.Lookup(p, "")
 		return known && domain.TGID != 0
 	})
+	for p := range d.wish.processes {
+		if !d.alive(p) {
+			delete(d.wish.processes, p)
+		}
+	}
 	for _, p := range forgotten {
 		d.config.Identities.Forget(p)
 	}
 	if len(forgotten) > 0 {
 		d.view = d.ledger.View()
 	}
-	d.period = [2]*ledger.View{d.period[1], d.view}
+	d.usage = [2]usage{d.usage[1], d.used()}
+	// In a pause of the duty nothing is counted: the rates stay those before.
+	if d.wish.level == snapshot.Off || d.wish.always() || d.view.Counted > d.period[1].Counted {
+		d.period = [2]*ledger.View{d.period[1], d.view}
+	}
 	for p, total := range d.view.Processes {
 		if _, known := d.config.Identities.Lookup(p, total.Comm); !known && total.Live {
 			d.refresh()
@@ -270,6 +300,8 @@ func (d *Daemon) endPeriod() error {
 	}
 	return nil
 }
+
+func (d *Daemon) used() usage { return usage{d.config.BootTime(), d.config.CPUTime()} }
 
 // refresh asks keepIdentities for a refresh, and does not wait for it.
 func (d *Daemon) refresh() {

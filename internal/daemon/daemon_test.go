@@ -33,10 +33,14 @@ type host struct {
 	mu        sync.Mutex
 	loaded    bool
 	boot      time.Time
-	level     source.Level
+	level     snapshot.Level                      // of the lease
+	levels    map[snapshot.Process]snapshot.Level // of its processes
+	on        time.Time                           // since when something is counted; zero: nothing is
 	snap      snapshot.Snapshot
+	recent    map[snapshot.SlotID][]snapshot.Exit
 	processes map[int]vmmap.Domain // /proc
 	learnt    map[snapshot.Process]vmmap.Domain
+	refuse    bool // levels of processes
 	open      *handle
 }
 
@@ -46,13 +50,18 @@ type handle struct {
 	events chan source.Event
 }
 
-const tickHz = 2_000_000_000
+const (
+	tickHz = 2_000_000_000
+	ring   = 4 // exits that a slot keeps
+)
 
 func newHost() *host {
 	return &host{
 		loaded:    true,
 		boot:      time.Now(),
+		levels:    make(map[snapshot.Process]snapshot.Level),
 		snap:      snapshot.Snapshot{TickHz: tickHz},
+		recent:    make(map[snapshot.SlotID][]snapshot.Exit),
 		processes: make(map[int]vmmap.Domain),
 		learnt:    make(map[snapshot.Process]vmmap.Domain),
 	}
@@ -76,7 +85,36 @@ func (h *host) unload() {
 	defer h.mu.Unlock()
 	h.loaded = false
 	h.open.gone = true
+	h.level, h.on = snapshot.Off, time.Time{}
+	clear(h.levels)
 	h.snap = snapshot.Snapshot{TickHz: tickHz}
+}
+
+// account is called before and after a level changes.
+func (h *host) account() {
+	if !h.on.IsZero() {
+		h.snap.Counted += uint64(time.Since(h.on))
+		h.on = time.Time{}
+	}
+	if h.highest() >= snapshot.Count {
+		h.on = time.Now()
+	}
+}
+
+func (h *host) highest() snapshot.Level {
+	highest := h.level
+	for _, l := range h.levels {
+		highest = max(highest, l)
+	}
+	return highest
+}
+
+// levelOf is the level at which a process is counted.
+func (h *host) levelOf(p snapshot.Process) snapshot.Level {
+	if l, ok := h.levels[p]; ok {
+		return l
+	}
+	return h.level
 }
 
 func (h *handle) Info() (source.Info, error) {
@@ -85,17 +123,21 @@ func (h *handle) Info() (source.Info, error) {
 	if h.gone {
 		return source.Info{}, source.ErrGone
 	}
-	return source.Info{Collector: "kmod", Version: "1", Hook: "tracepoint", Level: h.host.level, ISA: exitreason.SVM, KVM: true, SlotsMax: 9}, nil
+	return source.Info{Collector: "kmod", Version: "1", Hook: "tracepoint", Level: h.host.highest(), ISA: exitreason.SVM, KVM: true, SlotsMax: 9, ExitCost: 70, EntryCost: 50}, nil
 }
 
-func (h *handle) SetLevel(l source.Level) error {
+func (h *handle) SetLevel(l snapshot.Level) error {
 	h.host.mu.Lock()
 	defer h.host.mu.Unlock()
 	if h.gone {
 		return source.ErrGone
 	}
 	h.host.level = l
-	if l == source.Off {
+	if l == snapshot.Off {
+		clear(h.host.levels)
+	}
+	h.host.account()
+	if l == snapshot.Off {
 		for i := range h.host.snap.Slots {
 			h.host.snap.Slots[i].Retired = true
 		}
@@ -103,11 +145,54 @@ func (h *handle) SetLevel(l source.Level) error {
 	return nil
 }
 
+func (h *handle) SetProcessLevel(p snapshot.Process, l *snapshot.Level) error {
+	h.host.mu.Lock()
+	defer h.host.mu.Unlock()
+	switch {
+	case h.gone:
+		return source.ErrGone
+	case h.host.level == snapshot.Off:
+		return errors.New("the socket holds no lease")
+	case l == nil:
+		delete(h.host.levels, p)
+	case h.host.refuse:
+		return errors.New("too many processes have a level of their own")
+	default:
+		h.host.levels[p] = *l
+	}
+	h.host.account()
+	return nil
+}
+
+func (h *handle) Recent(id snapshot.SlotID, from uint64) ([]snapshot.Exit, error) {
+	h.host.mu.Lock()
+	defer h.host.mu.Unlock()
+	i := slices.IndexFunc(h.host.snap.Slots, func(s snapshot.Slot) bool { return s.ID == id })
+	switch {
+	case h.gone:
+		return nil, source.ErrGone
+	case i < 0:
+		return nil, source.ErrStale
+	}
+	var exits []snapshot.Exit
+	all := h.host.recent[id]
+	for i := len(all) - 1; i >= max(0, len(all)-ring) && all[i].Number >= from; i-- {
+		exits = append(exits, all[i])
+	}
+	return exits, nil
+}
+
 func (h *handle) Snapshot() (*snapshot.Snapshot, error) {
 	h.host.mu.Lock()
 	defer h.host.mu.Unlock()
 	if h.gone {
 		return nil, source.ErrGone
+	}
+	h.host.account()
+	for i := range h.host.snap.Slots {
+		if s := &h.host.snap.Slots[i]; !s.Retired {
+			s.Level = h.host.levelOf(s.Process)
+		}
 	}
 	return clone(h.host.snap), nil
 }
@@ -137,7 +222,7 @@ func (h *handle) Events() <-chan source.Event { return h.events }
 
 func (h *handle) Close() error {
 	if !h.gone {
-		return h.SetLevel(source.Off)
+		return h.SetLevel(snapshot.Off)
 	}
 	return nil
 }
@@ -147,7 +232,9 @@ func (h *handle) Close() error {
 func (h *host) exits(tgid, vcpu int, code uint32, n uint64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.level == source.Off {
+	p := snapshot.Process{TGID: tgid, Start: uint64(tgid)*uint64(10*time.Millisecond) + 7}
+	level := h.levelOf(p)
+	if level < snapshot.Count {
 		return
 	}
 	i := slices.IndexFunc(h.snap.Slots, func(s snapshot.Slot) bool {
@@ -157,21 +244,29 @@ func (h *host) exits(tgid, vcpu int, code uint32, n uint64) {
 		i = len(h.snap.Slots)
 		s := snapshot.Slot{
 			ID:      snapshot.SlotID{Index: uint32(tgid*10 + vcpu), Generation: uint32(h.now()) + 1},
-			Process: snapshot.Process{TGID: tgid, Start: uint64(tgid)*uint64(10*time.Millisecond) + 7},
+			Process: p,
 			Comm:    "qemu",
 			TID:     tgid*10 + vcpu,
 			VCPU:    vcpu,
 			ISA:     exitreason.SVM,
 			Since:   uint64(h.now()),
+			Level:   level,
 		}
 		h.snap.Slots = append(h.snap.Slots, s)
 		h.open.events <- source.Event{Kind: source.VCPUNew, Slot: s.ID, Process: tgid, TID: s.TID, VCPU: vcpu}
 	}
 	s := &h.snap.Slots[i]
 	row := snapshot.Row{Code: code, Count: n}
-	if h.level == source.Time {
+	if level >= snapshot.Time {
 		row.Time, row.Max, row.Hist[1] = n*1000, 1000, n
-		s.GuestTime += n * 1000
+		s.Times.KVM += n * 1000
+		s.Times.Guest += n * 1000
+	}
+	if level == snapshot.Recent {
+		for range n {
+			h.recent[s.ID] = append(h.recent[s.ID], snapshot.Exit{Number: s.Recent, Time: uint64(h.now()), Duration: 1000, Code: code, RIP: 0xfff0})
+			s.Recent++
+		}
 	}
 	for j := range s.Rows {
 		if s.Rows[j].Code == code {
@@ -272,10 +367,11 @@ func run(t *testing.T, change func(*Config), test func(*testing.T, *host, *Daemo
 			Identities: h,
 			Libvirt:    hung{},
 			On:         true,
-			Level:      source.Time,
+			Level:      snapshot.Time,
 			Interval:   time.Second,
 			Retention:  ledger.Retention{Age: time.Minute, Count: 10},
 			BootTime:   h.now,
+			CPUTime:    func() time.Duration { return h.now() / 50 },
 			Kernel:     "6.1",
 			Version:    "test",
 			Log:        slog.New(slog.NewTextHandler(io.Discard, nil)),
@@ -294,7 +390,7 @@ func run(t *testing.T, change func(*Config), test func(*testing.T, *host, *Daemo
 		test(t, h, d)
 		cancel()
 		<-done
-		if h.loaded && h.level != source.Off {
+		if h.loaded && h.level != snapshot.Off {
 			t.Errorf("the daemon has ended and the kernel still counts")
 		}
 	})
@@ -337,10 +433,11 @@ func TestReport(t *testing.T) {
 			IntervalNS: 2e9,
 			Domains: []api.Domain{{
 				ID: ptr(1), Name: "web", UUID: ptr("00000000-0000-0000-0000-000000000001"), TGID: 1, State: "running", Source: "libvirt",
-				Since: &since, SpanNS: 2e9, Count: 400, Rate: 200, GuestNS: 200_000, GuestPct: 0.005,
+				Level: "time", Since: &since, WallNS: 2e9, SpanNS: 2e9, Count: 400, Rate: 200,
+				Time: half(400_000), TimePct: api.TimePct{Guest: 50, KVM: 50}, GuestNS: 200_000, GuestPct: 50,
 				VCPUs: []api.VCPU{
-					{ID: 0, TID: 10, Exits: 100, Rate: 50, TimeNS: 50_000, GuestNS: 50_000, GuestPct: 0.0025},
-					{ID: 1, TID: 11, Exits: 300, Rate: 150, TimeNS: 150_000, GuestNS: 150_000, GuestPct: 0.0075},
+					{ID: 0, TID: 10, Exits: 100, Rate: 50, Time: half(100_000), GuestNS: 50_000, GuestPct: 50},
+					{ID: 1, TID: 11, Exits: 300, Rate: 150, Time: half(300_000), GuestNS: 150_000, GuestPct: 50},
 				},
 				Exits: []api.Exit{
 					{ISA: "svm", Code: 0x7b, Reason: "io", Count: 300, Rate: 150, Share: 0.75, TimeNS: 150_000, MeanNS: us, MaxNS: us},
@@ -370,6 +467,9 @@ func TestReport(t *testing.T) {
 	})
 }
 
+// half is a time of which the host's guests spend half in the guest.
+func half(ns uint64) api.Times { return api.Times{GuestNS: ns / 2, KVMNS: ns / 2} }
+
 func TestReportNames(t *testing.T) {
 	run(t, nil, func(t *testing.T, h *host, d *Daemon) {
 		begin := time.Now()
@@ -393,7 +493,7 @@ func TestReportNames(t *testing.T) {
 }
 
 func TestLevelCount(t *testing.T) {
-	run(t, func(c *Config) { c.Level = source.Count }, func(t *testing.T, h *host, d *Daemon) {
+	run(t, func(c *Config) { c.Level = snapshot.Count }, func(t *testing.T, h *host, d *Daemon) {
 		h.exits(1, 0, 0x72, 50)
 		e := report(t, d, 0, "qemu-1").Domains[0].Exits[0]
 		want := api.Exit{ISA: "svm", Code: 0x72, Reason: "cpuid", Count: 50, Share: 1}
@@ -694,7 +794,7 @@ func record(t *testing.T, seed uint64) (recording []byte, snapshots int) {
 		rng := rand.New(rand.NewPCG(seed, 0))
 		h := newHost()
 		src, _ := h.Open()
-		src.SetLevel(source.Time)
+		src.SetLevel(snapshot.Time)
 		var b bytes.Buffer
 		w, err := replay.NewWriter(&b)
 		if err != nil {

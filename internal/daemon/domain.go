@@ -86,6 +86,7 @@ func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates 
 		TGID:   identity.TGID,
 		State:  string(identity.State),
 		Source: identity.Source,
+		Level:  snapshot.Off.String(),
 	}
 	if identity.UUID != "" {
 		out.UUID = &identity.UUID
@@ -93,30 +94,36 @@ func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates 
 	if counts != nil {
 		since := d.wall(counts.Since)
 		out.Since = &since
-		out.SpanNS = int64(counts.Span)
+		out.WallNS, out.SpanNS = int64(counts.Wall), int64(counts.Span)
 		out.Count = counts.Exits
 		out.Rate = perSecond(rates.Exits, rates.Span)
-		out.GuestNS = snapshot.NS(counts.GuestTime, view.TickHz)
+		out.Time = times(counts.Times, view.TickHz)
+		out.TimePct = times(rates.Times, view.TickHz).Pct()
+		out.GuestNS, out.GuestPct = out.Time.GuestNS, out.TimePct.Guest
+		if counts.Level > snapshot.Pause {
+			out.Level = counts.Level.String()
+		}
 		out.Exits = exits(view, counts, rates)
 	}
 	out.VCPUs = vcpus(view, identity.VCPUs, counts, rates)
-	for _, v := range out.VCPUs {
-		out.GuestPct += v.GuestPct / float64(len(out.VCPUs))
-	}
 	return out
 }
 
 // vcpus returns the vCPUs by number: libvirt's where the thread is known to
 // libvirt, otherwise KVM's.
 func vcpus(view *ledger.View, numbers map[int]int, counts, rates *ledger.Total) []api.VCPU {
-	byID := make(map[int]*api.VCPU)
-	get := func(tid, id int) *api.VCPU {
+	type vcpu struct {
+		api.VCPU
+		total, recent snapshot.Times
+	}
+	byID := make(map[int]*vcpu)
+	get := func(tid, id int) *vcpu {
 		if n, ok := numbers[tid]; ok {
 			id = n
 		}
 		v := byID[id]
 		if v == nil {
-			v = &api.VCPU{ID: id, TID: tid}
+			v = &vcpu{VCPU: api.VCPU{ID: id, TID: tid}}
 			byID[id] = v
 		}
 		return v
@@ -125,13 +132,12 @@ func vcpus(view *ledger.View, numbers map[int]int, counts, rates *ledger.Total) 
 		for _, c := range counts.VCPUs {
 			v := get(c.TID, c.ID)
 			v.Exits += c.Exits
-			v.TimeNS += snapshot.NS(c.Time, view.TickHz)
-			v.GuestNS += snapshot.NS(c.GuestTime, view.TickHz)
+			v.total = v.total.Add(c.Times)
 		}
 		for _, r := range rates.VCPUs {
 			v := get(r.TID, r.ID)
 			v.Rate += perSecond(r.Exits, rates.Span)
-			v.GuestPct += percent(snapshot.NS(r.GuestTime, view.TickHz), rates.Span)
+			v.recent = v.recent.Add(r.Times)
 		}
 	}
 	for tid, n := range numbers { // those that took no exit
@@ -139,10 +145,24 @@ func vcpus(view *ledger.View, numbers map[int]int, counts, rates *ledger.Total) 
 	}
 	list := make([]api.VCPU, 0, len(byID))
 	for _, v := range byID {
-		list = append(list, *v)
+		v.Time = times(v.total, view.TickHz)
+		v.GuestNS, v.GuestPct = v.Time.GuestNS, times(v.recent, view.TickHz).Pct().Guest
+		list = append(list, v.VCPU)
 	}
 	slices.SortFunc(list, func(a, b api.VCPU) int { return cmp.Compare(a.ID, b.ID) })
 	return list
+}
+
+func times(t snapshot.Times, hz uint64) api.Times {
+	return api.Times{
+		GuestNS:   snapshot.NS(t.Guest, hz),
+		KVMNS:     snapshot.NS(t.KVM, hz),
+		UserNS:    snapshot.NS(t.User, hz),
+		PollNS:    snapshot.NS(t.Poll, hz),
+		HaltedNS:  snapshot.NS(t.Halted, hz),
+		WaitNS:    snapshot.NS(t.Wait, hz),
+		OutsideNS: snapshot.NS(t.Outside, hz),
+	}
 }
 
 // exits returns the reasons, most frequent first.
@@ -156,6 +176,7 @@ func exits(view *ledger.View, counts, rates *ledger.Total) []api.Exit {
 			Reason: exitreason.Name(r.ISA, r.Code),
 			Count:  r.Count,
 			TimeNS: snapshot.NS(r.Time, view.TickHz),
+			UserNS: snapshot.NS(r.User, view.TickHz),
 		}
 		if r.Other {
 			e.Code, e.Reason = 0, "other"
@@ -194,11 +215,4 @@ func perSecond(n, span uint64) float64 {
 		return 0
 	}
 	return float64(n) * float64(time.Second) / float64(span)
-}
-
-func percent(part, span uint64) float64 {
-	if span == 0 {
-		return 0
-	}
-	return 100 * float64(part) / float64(span)
 }

@@ -47,6 +47,44 @@ func TestName(t *testing.T) {
 	}
 }
 
+func TestHalts(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		isa  ISA
+		code uint32
+		want bool
+	}{
+		{"vmx", VMX, 12, true},
+		{"vmx with a flag", VMX, 1<<27 | 12, true},
+		{"vmx mwait", VMX, 36, false},
+		{"svm", SVM, 0x78, true},
+		{"svm, vmx's code", SVM, 12, false},
+		{"none", None, 12, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := Halts(tt.isa, tt.code); got != tt.want {
+				t.Errorf("Halts(%v, %#x) = %t, want %t", tt.isa, tt.code, got, tt.want)
+			}
+		})
+	}
+}
+
+func TestKnown(t *testing.T) {
+	for _, tt := range []struct {
+		isa  ISA
+		word string
+		want bool
+	}{
+		{VMX, "CPUID", true}, {VMX, "cpuid", true}, {SVM, "CPUID", true}, {SVM, "PF excp", true},
+		{VMX, "npf", false}, {SVM, "EPT_VIOLATION", false}, {SVM, "", false}, {VMX, "HLTT", false},
+		{SVM, "0x1f3", true}, {VMX, "31", true}, {VMX, "0x100000000", false}, {VMX, "-1", false},
+	} {
+		if got := Known(tt.isa, tt.word); got != tt.want {
+			t.Errorf("Known(%v, %q) = %t, want %t", tt.isa, tt.word, got, tt.want)
+		}
+	}
+}
+
 func TestISA(t *testing.T) {
 	for isa, want := range map[ISA]string{None: "none", VMX: "vmx", SVM: "svm"} {
 		if got := isa.String(); got != want {

@@ -33,6 +33,7 @@ type Ledger struct {
 	spare     map[use]known // an empty one: saves an allocation at each snapshot
 	kernel    kernel
 	earlier   Totals // of collectors that were replaced
+	counted   uint64 // nanoseconds, by collectors that were replaced
 	forgotten uint64 // exits of processes that are no longer remembered
 	reopened  bool
 	now       uint64
@@ -41,6 +42,7 @@ type Ledger struct {
 
 // kernel is what the collector said about itself in the latest snapshot.
 type kernel struct {
+	counted                                uint64 // nanoseconds
 	exits, unattributed, refused, released uint64
 	gone                                   uint64 // of released, those that are in the ledger
 }
@@ -63,6 +65,7 @@ type known struct {
 type process struct {
 	base    Total            // of folded slots
 	live    []*snapshot.Slot // of the snapshot being entered
+	counted bool             // it has slots there whose exits are counted
 	fresh   bool             // it brought new slots
 	since   uint64           // the earliest Since of those
 	changed bool             // base has changed since total was made
@@ -111,6 +114,9 @@ func (l *Ledger) Apply(snap *snapshot.Snapshot, now uint64) (release []snapshot.
 		if !known && (!p.fresh || s.Since < p.since) {
 			p.fresh, p.since = true, s.Since
 		}
+		if s.Level >= snapshot.Count && !old.folded {
+			p.counted = true
+		}
 		if !s.Retired {
 			p.live = append(p.live, s)
 			continue
@@ -125,12 +131,19 @@ func (l *Ledger) Apply(snap *snapshot.Snapshot, now uint64) (release []snapshot.
 	}
 	clear(l.slots)
 	l.slots, l.spare = next, l.slots
-	elapsed := sub(now, l.now)
+	passed := passed{now, sub(now, l.now), k.counted - l.kernel.counted}
 	l.kernel, l.now, l.tickHz, l.reopened = k, now, snap.TickHz, false
 	for _, p := range l.processes {
-		p.update(now, elapsed)
+		p.update(passed)
 	}
 	return release, l.check()
+}
+
+// passed is the time between two snapshots, in nanoseconds.
+type passed struct {
+	now     uint64 // at the later one
+	wall    uint64
+	counted uint64 // of wall, that in which exits were counted
 }
 
 // follow computes what the ledger knows after snap, or why snap can't be a
@@ -140,6 +153,7 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 	next := l.spare
 	clear(next)
 	k := kernel{
+		counted:      snap.Counted,
 		unattributed: snap.Unattributed,
 		refused:      snap.Refused,
 		released:     snap.Released,
@@ -171,6 +185,8 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 	k.gone += before - stayed
 	was := l.kernel
 	switch {
+	case k.counted < was.counted:
+		return nil, k, fmt.Errorf("%w: %d ns counted after %d", ErrInconsistent, k.counted, was.counted)
 	case k.unattributed < was.unattributed:
 		return nil, k, fmt.Errorf("%w: %d exits unattributed after %d", ErrInconsistent, k.unattributed, was.unattributed)
 	case k.refused < was.refused:
@@ -191,6 +207,7 @@ func (l *Ledger) replace() {
 	}
 	clear(l.slots)
 	l.earlier = l.Totals()
+	l.counted += l.kernel.counted
 	l.kernel = kernel{}
 }
 
@@ -213,7 +230,7 @@ func (l *Ledger) fold(s *snapshot.Slot) {
 
 // update brings the total up to date with the base and the live slots, and
 // prepares for the next snapshot.
-func (p *process) update(now, elapsed uint64) {
+func (p *process) update(since passed) {
 	if !p.total.Live && !p.fresh && !p.changed {
 		return
 	}
@@ -224,17 +241,26 @@ func (p *process) update(now, elapsed uint64) {
 	}
 	for _, s := range p.live {
 		t.add(s)
+		t.Level = max(t.Level, s.Level)
 	}
+	t.monotonic(p.total)
 	t.Live = len(p.live) > 0
-	t.Span = p.total.Span
-	if p.total.Live {
-		t.Span += elapsed
-	} else if p.fresh {
-		t.Span += sub(now, p.since)
+	wall, counted := since.wall, since.counted
+	if !p.total.Live {
+		wall = 0
+		if p.fresh { // it began between the snapshots
+			wall = sub(since.now, p.since)
+		}
+		counted = min(counted, wall)
 	}
-	p.total, p.seen = t, now
+	t.Wall = p.total.Wall + wall
+	t.Span = p.total.Span
+	if p.counted {
+		t.Span += counted
+	}
+	p.total, p.seen = t, since.now
 	clear(p.live) // it holds on to the whole snapshot
-	p.live, p.fresh, p.changed = p.live[:0], false, false
+	p.live, p.counted, p.fresh, p.changed = p.live[:0], false, false, false
 }
 
 // check proves that every exit the kernel counted is in exactly one place.
@@ -294,6 +320,7 @@ func (l *Ledger) Totals() Totals {
 func (l *Ledger) View() *View {
 	v := &View{
 		Time:      l.now,
+		Counted:   l.counted + l.kernel.counted,
 		TickHz:    l.tickHz,
 		Processes: make(map[snapshot.Process]*Total, len(l.processes)),
 		Totals:    l.Totals(),

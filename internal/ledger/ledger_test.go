@@ -26,15 +26,16 @@ var forever = Retention{Age: math.MaxInt64, Count: math.MaxInt}
 // that of CPUID.
 func slot(index, generation uint32, count uint64) snapshot.Slot {
 	return snapshot.Slot{
-		ID:        snapshot.SlotID{Index: index, Generation: generation},
-		Process:   snapshot.Process{TGID: 100 * int(index), Start: 1},
-		Comm:      "qemu",
-		TID:       int(100*index + generation),
-		VCPU:      int(index),
-		ISA:       exitreason.SVM,
-		Since:     uint64(generation) * second,
-		GuestTime: 1000 * count,
-		Rows:      []snapshot.Row{row(0x72, count)},
+		ID:      snapshot.SlotID{Index: index, Generation: generation},
+		Process: snapshot.Process{TGID: 100 * int(index), Start: 1},
+		Comm:    "qemu",
+		TID:     int(100*index + generation),
+		VCPU:    int(index),
+		ISA:     exitreason.SVM,
+		Since:   uint64(generation) * second,
+		Level:   snapshot.Time,
+		Times:   snapshot.Times{Guest: 1000 * count, KVM: 10 * count},
+		Rows:    []snapshot.Row{row(0x72, count)},
 	}
 }
 
@@ -61,22 +62,23 @@ func apply(t *testing.T, l *Ledger, now uint64, s snapshot.Snapshot) []snapshot.
 func TestTotals(t *testing.T) {
 	l := New(forever)
 	two := slot(1, 2, 5)
-	two.TID, two.VCPU = 103, 7
+	two.TID, two.VCPU, two.Level = 103, 7, snapshot.Recent
 	two.Rows = append(two.Rows, row(0x7b, 3), snapshot.Row{Code: 9, Other: true, Count: 1})
 	three := retired(slot(1, 3, 4)) // vCPU 1 again, another thread: it was unplugged and came back
 	three.ISA = exitreason.VMX
-	apply(t, l, 10*second, snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 2), two}})
-	release := apply(t, l, 11*second, snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 20)), two, three}})
+	apply(t, l, 10*second, snapshot.Snapshot{Counted: 7 * second, Slots: []snapshot.Slot{slot(1, 1, 2), two}})
+	release := apply(t, l, 11*second, snapshot.Snapshot{Counted: 8 * second, Slots: []snapshot.Slot{retired(slot(1, 1, 20)), two, three}})
 	if diff := cmp.Diff([]snapshot.SlotID{{Index: 1, Generation: 1}, {Index: 1, Generation: 3}}, release); diff != "" {
 		t.Errorf("release (-want +got)\n%s", diff)
 	}
 	p := snapshot.Process{TGID: 100, Start: 1}
 	other := snapshot.Row{Code: 9, Other: true, Count: 1}
 	want := &Total{
-		Process: p, Comm: "qemu", Since: 1 * second, Span: 10 * second, Live: true, Exits: 33, GuestTime: 29000,
+		Process: p, Comm: "qemu", Since: 1 * second, Wall: 10 * second, Span: 8 * second, Live: true, Level: snapshot.Recent, Exits: 33,
+		Times: snapshot.Times{Guest: 29000, KVM: 290},
 		VCPUs: []VCPU{
-			{ID: 1, TID: 103, Exits: 24, Time: 240, GuestTime: 24000},
-			{ID: 7, TID: 103, Exits: 9, Time: 80, GuestTime: 5000},
+			{ID: 1, TID: 103, Exits: 24, Times: snapshot.Times{Guest: 24000, KVM: 240}},
+			{ID: 7, TID: 103, Exits: 9, Times: snapshot.Times{Guest: 5000, KVM: 50}},
 		},
 		Rows: []Row{
 			{exitreason.SVM, row(0x72, 25)},
@@ -95,10 +97,12 @@ func TestTotals(t *testing.T) {
 
 	old := l.View()
 	two.Rows = []snapshot.Row{two.Rows[0], row(0x7b, 4), other}
-	apply(t, l, 13*second, snapshot.Snapshot{Released: 24, Slots: []snapshot.Slot{two}})
+	two.Times = snapshot.Times{Guest: 4990, KVM: 60, User: 7} // the present stretch was not in the guest
+	apply(t, l, 13*second, snapshot.Snapshot{Counted: 9 * second, Released: 24, Slots: []snapshot.Slot{two}})
 	want = &Total{
-		Process: p, Comm: "qemu", Since: 1 * second, Span: 2 * second, Live: true, Exits: 1,
-		VCPUs: []VCPU{{ID: 1, TID: 103}, {ID: 7, TID: 103, Exits: 1, Time: 10}},
+		Process: p, Comm: "qemu", Since: 1 * second, Wall: 2 * second, Span: 1 * second, Live: true, Level: snapshot.Recent, Exits: 1,
+		Times: snapshot.Times{KVM: 10, User: 7},
+		VCPUs: []VCPU{{ID: 1, TID: 103}, {ID: 7, TID: 103, Exits: 1, Times: snapshot.Times{KVM: 10, User: 7}}},
 		Rows:  []Row{{exitreason.SVM, row(0x7b, 1)}},
 	}
 	if diff := cmp.Diff(want, l.View().Processes[p].Sub(old.Processes[p]), opts); diff != "" {
@@ -110,21 +114,159 @@ func TestTotals(t *testing.T) {
 }
 
 func TestSpan(t *testing.T) {
+	off := snapshot.Snapshot{Released: 1}
+	snap := func(counted uint64, slots ...snapshot.Slot) snapshot.Snapshot {
+		return snapshot.Snapshot{Counted: counted * second, Slots: slots}
+	}
+	again := func(counted uint64, slots ...snapshot.Slot) snapshot.Snapshot {
+		s := snap(counted, slots...)
+		s.Released = 1
+		return s
+	}
+	off.Counted = 5 * second
+	level := func(l snapshot.Level) snapshot.Slot {
+		s := slot(1, 1, 1)
+		s.Level = l
+		return s
+	}
+	type step struct {
+		now, wall, span uint64 // seconds
+		snap            snapshot.Snapshot
+		reopen          bool
+	}
+	for _, tc := range []struct {
+		name  string
+		steps []step
+	}{
+		{"off and on again", []step{
+			{now: 3, wall: 2, span: 2, snap: snap(2, slot(1, 1, 1))},
+			{now: 4, wall: 3, span: 3, snap: snap(3, slot(1, 1, 1))},
+			{now: 6, wall: 5, span: 5, snap: snap(5, retired(slot(1, 1, 1)))},
+			{now: 20, wall: 5, span: 5, snap: off},
+			{now: 22, wall: 7, span: 6, snap: again(6, slot(1, 20, 1))},
+			{now: 23, wall: 8, span: 7, snap: again(7, slot(1, 20, 1))},
+		}},
+		{"paused now and then", []step{
+			{now: 3, wall: 2, span: 1, snap: snap(1, slot(1, 1, 1))},
+			{now: 5, wall: 4, span: 1, snap: snap(1, slot(1, 1, 1))},
+			{now: 9, wall: 8, span: 4, snap: snap(4, slot(1, 1, 1))},
+			{now: 10, wall: 9, span: 4, snap: snap(4, retired(slot(1, 1, 1)))},
+		}},
+		{"one process paused", []step{
+			{now: 3, wall: 2, span: 2, snap: snap(2, level(snapshot.Count))},
+			{now: 5, wall: 4, span: 2, snap: snap(4, level(snapshot.Pause))},
+			{now: 6, wall: 5, span: 2, snap: snap(5, level(snapshot.Pause))},
+			{now: 8, wall: 7, span: 4, snap: snap(7, level(snapshot.Recent))},
+		}},
+		{"one vCPU paused", []step{
+			{now: 3, wall: 2, span: 2, snap: snap(2, level(snapshot.Pause), slot(1, 2, 1))},
+			{now: 5, wall: 4, span: 4, snap: snap(4, level(snapshot.Pause), slot(1, 2, 1))},
+		}},
+		{"paused, with a retired vCPU not yet released", []step{
+			{now: 3, wall: 2, span: 2, snap: snap(2, level(snapshot.Pause), retired(slot(1, 2, 1)))},
+			{now: 5, wall: 4, span: 2, snap: snap(4, level(snapshot.Pause), retired(slot(1, 2, 1)))},
+		}},
+		{"counted for long before", []step{
+			{now: 100, wall: 99, span: 99, snap: snap(5000, slot(1, 1, 1))},
+		}},
+		{"retired and not yet released", []step{
+			{now: 3, wall: 2, span: 2, snap: snap(2, retired(slot(1, 1, 1)))},
+			{now: 5, wall: 2, span: 2, snap: snap(4, retired(slot(1, 1, 1)))},
+		}},
+		{"a new collector", []step{
+			{now: 3, wall: 2, span: 2, snap: snap(2, slot(1, 1, 1))},
+			{now: 9, wall: 8, span: 3, snap: snap(1, slot(1, 8, 1)), reopen: true},
+			{now: 10, wall: 9, span: 4, snap: snap(2, slot(1, 8, 1))},
+		}},
+		{"the same collector, opened again", []step{
+			{now: 3, wall: 2, span: 2, snap: snap(2, slot(1, 1, 1))},
+			{now: 5, wall: 4, span: 4, snap: snap(4, slot(1, 1, 1)), reopen: true},
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := New(forever)
+			for _, s := range tc.steps {
+				if s.reopen {
+					l.Reopen()
+				}
+				apply(t, l, s.now*second, s.snap)
+				got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1}]
+				if got.Wall != s.wall*second || got.Span != s.span*second {
+					t.Errorf("at %d s: observed %v of %v, want %d s of %d s", s.now, time.Duration(got.Span), time.Duration(got.Wall), s.span, s.wall)
+				}
+			}
+		})
+	}
+}
+
+// The level of a process is the highest of its live slots.
+func TestLevel(t *testing.T) {
+	at := func(generation uint32, l snapshot.Level) snapshot.Slot {
+		s := slot(1, generation, 1)
+		s.Level = l
+		return s
+	}
+	for _, tc := range []struct {
+		name  string
+		slots []snapshot.Slot
+		want  snapshot.Level
+	}{
+		{"one", []snapshot.Slot{at(1, snapshot.Count)}, snapshot.Count},
+		{"the first", []snapshot.Slot{at(1, snapshot.Recent), at(2, snapshot.Pause)}, snapshot.Recent},
+		{"the last", []snapshot.Slot{at(1, snapshot.Pause), at(2, snapshot.Time)}, snapshot.Time},
+		{"not of a retired one", []snapshot.Slot{retired(at(1, snapshot.Recent)), at(2, snapshot.Time)}, snapshot.Time},
+		{"none live", []snapshot.Slot{retired(at(1, snapshot.Recent))}, snapshot.Off},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := New(forever)
+			apply(t, l, 10*second, snapshot.Snapshot{Slots: tc.slots})
+			if got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1}].Level; got != tc.want {
+				t.Errorf("level %v, want %v", got, tc.want)
+			}
+		})
+	}
+}
+
+// The present stretch of time is one thing now and another one later: no time
+// goes back, and once all has ended they are right again, if they can be.
+func TestTimes(t *testing.T) {
 	l := New(forever)
-	p := snapshot.Process{TGID: 100, Start: 1}
-	at := func(now uint64, want uint64, s snapshot.Snapshot) {
-		t.Helper()
-		apply(t, l, now*second, s)
-		if got := l.View().Processes[p].Span; got != want*second {
-			t.Errorf("at %d s: span %d s, want %d s", now, got/second, want)
+	for i, step := range []struct {
+		name       string
+		slots      []snapshot.Slot
+		vcpu1, sum snapshot.Times
+	}{
+		{"in KVM, it seems", []snapshot.Slot{timed(1, snapshot.Times{Guest: 10, KVM: 90}), timed(2, snapshot.Times{Guest: 5})},
+			snapshot.Times{Guest: 10, KVM: 90}, snapshot.Times{Guest: 15, KVM: 90}},
+		{"it was halted", []snapshot.Slot{timed(1, snapshot.Times{Guest: 10, KVM: 5, Halted: 100}), timed(2, snapshot.Times{Guest: 6})},
+			snapshot.Times{Guest: 10, KVM: 90, Halted: 100}, snapshot.Times{Guest: 16, KVM: 90, Halted: 100}},
+		{"overtaken", []snapshot.Slot{timed(1, snapshot.Times{Guest: 10, KVM: 95, Halted: 100}), timed(2, snapshot.Times{Guest: 6})},
+			snapshot.Times{Guest: 10, KVM: 95, Halted: 100}, snapshot.Times{Guest: 16, KVM: 95, Halted: 100}},
+		{"waiting, it seems", []snapshot.Slot{timed(1, snapshot.Times{Guest: 10, KVM: 95, Halted: 100, Wait: 7}), timed(2, snapshot.Times{Guest: 6})},
+			snapshot.Times{Guest: 10, KVM: 95, Halted: 100, Wait: 7}, snapshot.Times{Guest: 16, KVM: 95, Halted: 100, Wait: 7}},
+		{"one has ended, and polled", []snapshot.Slot{retired(timed(1, snapshot.Times{Guest: 10, KVM: 95, Halted: 100, Poll: 7})), timed(2, snapshot.Times{Guest: 6})},
+			snapshot.Times{Guest: 10, KVM: 95, Halted: 100, Wait: 7, Poll: 7}, snapshot.Times{Guest: 16, KVM: 95, Halted: 100, Wait: 7, Poll: 7}},
+		{"the other has, too", []snapshot.Slot{
+			retired(timed(1, snapshot.Times{Guest: 10, KVM: 95, Halted: 100, Poll: 7})), retired(timed(2, snapshot.Times{Guest: 7, User: 1, Outside: 2}))},
+			snapshot.Times{Guest: 10, KVM: 95, Halted: 100, Wait: 7, Poll: 7},
+			snapshot.Times{Guest: 17, KVM: 95, User: 1, Halted: 100, Wait: 7, Poll: 7, Outside: 2}},
+	} {
+		apply(t, l, uint64(i+10)*second, snapshot.Snapshot{Slots: step.slots})
+		got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1}]
+		if diff := cmp.Diff(step.vcpu1, got.VCPUs[0].Times); diff != "" {
+			t.Errorf("%s: vCPU 1 (-want +got)\n%s", step.name, diff)
+		}
+		if diff := cmp.Diff(step.sum, got.Times); diff != "" {
+			t.Errorf("%s: all vCPUs (-want +got)\n%s", step.name, diff)
 		}
 	}
-	at(3, 2, snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 1)}})
-	at(4, 3, snapshot.Snapshot{Slots: []snapshot.Slot{slot(1, 1, 1)}})
-	at(6, 5, snapshot.Snapshot{Slots: []snapshot.Slot{retired(slot(1, 1, 1))}}) // switched off
-	at(20, 5, snapshot.Snapshot{Released: 1})
-	at(22, 7, snapshot.Snapshot{Released: 1, Slots: []snapshot.Slot{slot(1, 20, 1)}}) // on again
-	at(23, 8, snapshot.Snapshot{Released: 1, Slots: []snapshot.Slot{slot(1, 20, 1)}})
+}
+
+// timed makes a slot of a vCPU of process 100.
+func timed(vcpu int, times snapshot.Times) snapshot.Slot {
+	s := slot(1, uint32(vcpu), 1)
+	s.VCPU, s.Times = vcpu, times
+	return s
 }
 
 func TestApply(t *testing.T) {
@@ -196,6 +338,11 @@ func TestApply(t *testing.T) {
 		{"unattributed goes back", []step{
 			{snap: snapshot.Snapshot{Unattributed: 4}, totals: Totals{Exits: 4, Unattributed: 4}},
 			{snap: snapshot.Snapshot{Unattributed: 3}, err: ErrInconsistent, totals: Totals{Exits: 4, Unattributed: 4}},
+		}},
+		{"counted time goes back", []step{
+			{snap: snapshot.Snapshot{Counted: 4}},
+			{snap: snapshot.Snapshot{Counted: 3}, err: ErrInconsistent},
+			{snap: snapshot.Snapshot{Counted: 3}, reopen: true},
 		}},
 		{"refused goes back", []step{
 			{snap: snapshot.Snapshot{Refused: 4}, totals: Totals{Exits: 4, Unattributed: 4}},
@@ -273,11 +420,31 @@ type sim struct {
 	slots      []*snapshot.Slot // nil: free
 	generation []uint32
 	snap       snapshot.Snapshot
+	paused     bool
 	now        uint64
 }
 
 func newSim(rng *rand.Rand) *sim {
 	return &sim{rng: rng, slots: make([]*snapshot.Slot, 6), generation: make([]uint32, 6)}
+}
+
+func (k *sim) pass(ns uint64) {
+	k.now += ns
+	if k.paused {
+		return
+	}
+	k.snap.Counted += ns
+	for _, s := range k.slots {
+		if s != nil && !s.Retired {
+			*k.some(&s.Times) += ns / 2
+		}
+	}
+}
+
+// some is one of the times.
+func (k *sim) some(t *snapshot.Times) *uint64 {
+	all := []*uint64{&t.Guest, &t.KVM, &t.User, &t.Poll, &t.Halted, &t.Wait, &t.Outside}
+	return all[k.rng.IntN(len(all))]
 }
 
 func (k *sim) reload() {
@@ -287,6 +454,9 @@ func (k *sim) reload() {
 }
 
 func (k *sim) exits(n int) {
+	if k.paused {
+		return
+	}
 	for range n {
 		i := k.rng.IntN(len(k.slots))
 		s := k.slots[i]
@@ -299,6 +469,7 @@ func (k *sim) exits(n int) {
 				VCPU:    k.rng.IntN(3),
 				Since:   k.now,
 				ISA:     exitreason.SVM,
+				Level:   snapshot.Level(k.rng.IntN(5)),
 			}
 		case s.Retired:
 			k.snap.Unattributed++
@@ -337,6 +508,9 @@ func (k *sim) snapshot() *snapshot.Snapshot {
 		if s != nil {
 			s := *s
 			s.Rows = slices.Clone(s.Rows)
+			if !s.Retired {
+				*k.some(&s.Times) += second / 16 // the present stretch, it seems
+			}
 			c.Slots = append(c.Slots, s)
 		}
 	}
@@ -358,6 +532,7 @@ func FuzzApply(f *testing.F) {
 	type seen struct {
 		process snapshot.Process
 		exits   map[uint32]uint64
+		times   snapshot.Times
 	}
 	f.Fuzz(func(t *testing.T, seed uint64, ops []byte) {
 		k := newSim(rand.New(rand.NewPCG(seed, 1)))
@@ -367,7 +542,7 @@ func FuzzApply(f *testing.F) {
 		last := l.View()
 		var before Totals
 		for _, op := range ops {
-			k.now += second / 8
+			k.pass(second / 8)
 			switch op % 16 {
 			case 0:
 				k.retire(false)
@@ -387,6 +562,8 @@ func FuzzApply(f *testing.F) {
 				l.Reopen()
 			case 5:
 				k.snap.Refused++
+			case 11:
+				k.paused = !k.paused
 			case 6, 7, 8, 9:
 				snap := k.snapshot()
 				release, err := l.Apply(snap, k.now)
@@ -398,18 +575,20 @@ func FuzzApply(f *testing.F) {
 				}
 				for i := range snap.Slots {
 					s := &snap.Slots[i]
-					m := seen{s.Process, make(map[uint32]uint64)}
+					m := seen{s.Process, make(map[uint32]uint64), s.Times}
 					for _, r := range s.Rows {
 						m.exits[r.Code] = r.Count
 					}
 					all[use{s.ID, s.Since}] = m
 				}
 				want := make(map[snapshot.Process]map[uint32]uint64)
+				times := make(map[snapshot.Process]snapshot.Times)
 				var attributed uint64
 				for _, m := range all {
 					if want[m.process] == nil {
 						want[m.process] = make(map[uint32]uint64)
 					}
+					times[m.process] = times[m.process].Add(m.times)
 					for code, n := range m.exits {
 						want[m.process][code] += n
 						attributed += n
@@ -436,8 +615,24 @@ func FuzzApply(f *testing.F) {
 						if sum != 0 {
 							t.Fatalf("%v: vCPUs have %d exits less than rows", p, int64(sum))
 						}
-						if old := last.Processes[p]; old != nil && forgotten[p] == nil && (total.Exits < old.Exits || total.Span < old.Span) {
-							t.Fatalf("%v: %d exits in %d ns after %d in %d ns", p, total.Exits, total.Span, old.Exits, old.Span)
+						if total.Span > total.Wall {
+							t.Fatalf("%v: %d ns observed of %d", p, total.Span, total.Wall)
+						}
+						if old := last.Processes[p]; old != nil && forgotten[p] == nil {
+							if total.Exits < old.Exits || total.Span < old.Span || total.Wall < old.Wall {
+								t.Fatalf("%v: %d exits in %d of %d ns after %d in %d of %d ns", p, total.Exits, total.Span, total.Wall, old.Exits, old.Span, old.Wall)
+							}
+							if total.Span-old.Span > v.Counted-last.Counted {
+								t.Fatalf("%v: %d ns observed when %d were counted", p, total.Span-old.Span, v.Counted-last.Counted)
+							}
+							for _, o := range old.VCPUs {
+								if i, ok := total.vcpu(o.ID); !ok || total.VCPUs[i].Times != total.VCPUs[i].Times.Max(o.Times) {
+									t.Fatalf("%v: vCPU %d: times went back from %v", p, o.ID, o.Times)
+								}
+							}
+						}
+						if forgotten[p] == nil && total.Times != total.Times.Max(times[p]) {
+							t.Fatalf("%v: times are %v, of slots %v", p, total.Times, times[p])
 						}
 					}
 					for code, n := range exits {

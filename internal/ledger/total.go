@@ -14,6 +14,7 @@ import (
 type View struct {
 	Time      uint64 // nanoseconds of CLOCK_BOOTTIME
 	TickHz    uint64 // ticks per second of every duration that the kernel measured
+	Counted   uint64 // nanoseconds in which exits were counted, by all collectors
 	Processes map[snapshot.Process]*Total
 	Totals    Totals
 }
@@ -21,25 +22,29 @@ type View struct {
 // Total holds the counts of one process: since it was first counted, or
 // between two views.
 type Total struct {
-	Process   snapshot.Process
-	Comm      string // the process's name
-	Since     uint64 // counting began: nanoseconds of CLOCK_BOOTTIME
-	Span      uint64 // the nanoseconds that the counts cover
-	Live      bool   // it is being counted
-	Exits     uint64
-	GuestTime uint64 // ticks in the guest, all vCPUs
-	VCPUs     []VCPU // by number
-	Rows      []Row  // one for each reason, in no order
+	Process snapshot.Process
+	Comm    string         // the process's name
+	Since   uint64         // counting began: nanoseconds of CLOCK_BOOTTIME
+	Wall    uint64         // the nanoseconds that the counts cover
+	Span    uint64         // of Wall, those observed: exits were counted
+	Live    bool           // it has slots in use
+	Level   snapshot.Level // the highest of those; Off when there are none
+	Exits   uint64
+	Times   snapshot.Times // of all vCPUs
+	VCPUs   []VCPU         // by number
+	Rows    []Row          // one for each reason, in no order
 }
 
 // VCPU holds the counts of one vCPU, whichever threads ran it.
 type VCPU struct {
-	ID        int // KVM's number
-	TID       int // the thread that ran it last
-	Exits     uint64
-	Time      uint64 // ticks from exit to entry
-	GuestTime uint64 // ticks in the guest
-	since     uint64 // of TID's slot
+	ID    int // KVM's number
+	TID   int // the thread that ran it last
+	Exits uint64
+	// Times never go back, although the present stretch of time may turn out to
+	// be another one than it seemed: what it seemed to be then stands still until
+	// it is overtaken, and the sum is that much too high.
+	Times snapshot.Times
+	since uint64 // of TID's slot
 }
 
 // Row holds the exits of one process for one reason.
@@ -59,6 +64,10 @@ func find(rows []Row, isa exitreason.ISA, row *snapshot.Row) *Row {
 	return nil
 }
 
+func (t *Total) vcpu(id int) (i int, ok bool) {
+	return slices.BinarySearchFunc(t.VCPUs, id, func(v VCPU, id int) int { return cmp.Compare(v.ID, id) })
+}
+
 // Find returns the total's row for the reason of r, or nil.
 func (t *Total) Find(r *Row) *Row { return find(t.Rows, r.ISA, &r.Row) }
 
@@ -71,7 +80,7 @@ func (t *Total) clone() *Total {
 
 // add enters a slot's counts.
 func (t *Total) add(s *snapshot.Slot) {
-	i, ok := slices.BinarySearchFunc(t.VCPUs, s.VCPU, func(v VCPU, id int) int { return cmp.Compare(v.ID, id) })
+	i, ok := t.vcpu(s.VCPU)
 	if !ok {
 		t.VCPUs = slices.Insert(t.VCPUs, i, VCPU{ID: s.VCPU, TID: s.TID, since: s.Since})
 	}
@@ -81,18 +90,29 @@ func (t *Total) add(s *snapshot.Slot) {
 	}
 	t.Comm = s.Comm
 	t.Since = min(t.Since, s.Since)
-	t.GuestTime += s.GuestTime
-	v.GuestTime += s.GuestTime
+	v.Times = v.Times.Add(s.Times)
 	for i := range s.Rows {
 		r := &s.Rows[i]
 		t.Exits += r.Count
 		v.Exits += r.Count
-		v.Time += r.Time
 		if have := find(t.Rows, s.ISA, r); have != nil {
 			have.Add(*r)
 		} else {
 			t.Rows = append(t.Rows, Row{s.ISA, *r})
 		}
+	}
+}
+
+// monotonic keeps the times from going back behind those of an earlier total,
+// and sums them up.
+func (t *Total) monotonic(last *Total) {
+	t.Times = snapshot.Times{}
+	for i := range t.VCPUs {
+		v := &t.VCPUs[i]
+		if j, ok := last.vcpu(v.ID); ok {
+			v.Times = v.Times.Max(last.VCPUs[j].Times)
+		}
+		t.Times = t.Times.Add(v.Times)
 	}
 }
 
@@ -103,17 +123,17 @@ func (t *Total) Sub(old *Total) *Total {
 	if old == nil {
 		return &d
 	}
+	d.Wall -= old.Wall
 	d.Span -= old.Span
 	d.Exits -= old.Exits
-	d.GuestTime -= old.GuestTime
+	d.Times = d.Times.Sub(old.Times)
 	d.VCPUs = slices.Clone(t.VCPUs)
 	for i := range d.VCPUs {
 		v := &d.VCPUs[i]
-		if j, ok := slices.BinarySearchFunc(old.VCPUs, v.ID, func(v VCPU, id int) int { return cmp.Compare(v.ID, id) }); ok {
+		if j, ok := old.vcpu(v.ID); ok {
 			o := &old.VCPUs[j]
 			v.Exits -= o.Exits
-			v.Time -= o.Time
-			v.GuestTime -= o.GuestTime
+			v.Times = v.Times.Sub(o.Times)
 		}
 	}
 	d.Rows = make([]Row, 0, len(t.Rows))

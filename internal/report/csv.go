@@ -6,6 +6,7 @@ import (
 	"encoding/csv"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"time"
 
@@ -43,21 +44,32 @@ func values(fields ...any) []string {
 	return row
 }
 
+var timesHeader = []string{"guest_ns", "kvm_ns", "user_ns", "poll_ns", "halted_ns", "wait_ns", "outside_ns"}
+
+func timesValues(t api.Times) []string {
+	return values(t.GuestNS, t.KVMNS, t.UserNS, t.PollNS, t.HaltedNS, t.WaitNS, t.OutsideNS)
+}
+
 func listCSV(w io.Writer, d api.Domains) error {
-	rows := [][]string{{"id", "name", "uuid", "tgid", "state", "source", "since", "vcpus", "span_ns", "count", "rate", "guest_ns", "guest_pct", "top_reasons"}}
+	rows := [][]string{slices.Concat(
+		[]string{"id", "name", "uuid", "tgid", "state", "source", "level", "since", "vcpus", "wall_ns", "span_ns", "count", "rate"}, timesHeader,
+		[]string{"guest_pct", "kvm_pct", "user_pct", "poll_pct", "halted_pct", "wait_pct", "outside_pct", "top_reasons"})}
 	for i := range d.Domains {
 		d := &d.Domains[i]
 		top := ""
 		if len(d.Exits) > 0 {
 			top = topReasons(d)
 		}
-		rows = append(rows, values(d.ID, d.Name, d.UUID, d.TGID, d.State, d.Source, d.Since, len(d.VCPUs), d.SpanNS, d.Count, d.Rate, d.GuestNS, d.GuestPct, top))
+		p := d.TimePct
+		rows = append(rows, slices.Concat(
+			values(d.ID, d.Name, d.UUID, d.TGID, d.State, d.Source, d.Level, d.Since, len(d.VCPUs), d.WallNS, d.SpanNS, d.Count, d.Rate),
+			timesValues(d.Time), values(p.Guest, p.KVM, p.User, p.Poll, p.Halted, p.Wait, p.Outside, top)))
 	}
 	return csv.NewWriter(w).WriteAll(rows)
 }
 
 func reasonsCSV(w io.Writer, r api.Report, limit int) error {
-	rows := [][]string{{"id", "name", "uuid", "span_ns", "isa", "code", "reason", "count", "rate", "share", "time_ns", "mean_ns", "p50_ns", "p99_ns", "max_ns"}}
+	rows := [][]string{{"id", "name", "uuid", "wall_ns", "span_ns", "isa", "code", "reason", "count", "rate", "share", "time_ns", "user_ns", "mean_ns", "p50_ns", "p99_ns", "max_ns"}}
 	for i := range r.Domains {
 		d := &r.Domains[i]
 		for _, e := range top(d.Exits, limit) {
@@ -65,30 +77,36 @@ func reasonsCSV(w io.Writer, r api.Report, limit int) error {
 			if e.ISA == "" { // the sum of several
 				code = ""
 			}
-			rows = append(rows, values(d.ID, d.Name, d.UUID, d.SpanNS, e.ISA, code, e.Reason, e.Count, e.Rate, e.Share, e.TimeNS, e.MeanNS, e.P50NS, e.P99NS, e.MaxNS))
+			rows = append(rows, values(d.ID, d.Name, d.UUID, d.WallNS, d.SpanNS, e.ISA, code, e.Reason, e.Count, e.Rate, e.Share,
+				e.TimeNS, e.UserNS, e.MeanNS, e.P50NS, e.P99NS, e.MaxNS))
 		}
 	}
 	return csv.NewWriter(w).WriteAll(rows)
 }
 
 func vcpusCSV(w io.Writer, r api.Report) error {
-	rows := [][]string{{"id", "name", "uuid", "span_ns", "vcpu", "tid", "exits", "rate", "time_ns", "guest_ns", "guest_pct"}}
+	rows := [][]string{slices.Concat([]string{"id", "name", "uuid", "wall_ns", "span_ns", "vcpu", "tid", "exits", "rate"}, timesHeader, []string{"guest_pct"})}
 	for i := range r.Domains {
 		d := &r.Domains[i]
 		for _, v := range d.VCPUs {
-			rows = append(rows, values(d.ID, d.Name, d.UUID, d.SpanNS, v.ID, v.TID, v.Exits, v.Rate, v.TimeNS, v.GuestNS, v.GuestPct))
+			rows = append(rows, slices.Concat(
+				values(d.ID, d.Name, d.UUID, d.WallNS, d.SpanNS, v.ID, v.TID, v.Exits, v.Rate), timesValues(v.Time), values(v.GuestPct)))
 		}
 	}
 	return csv.NewWriter(w).WriteAll(rows)
 }
 
 func statusCSV(w io.Writer, s api.Status) error {
+	var on, every any = "", ""
+	if s.Duty != nil {
+		on, every = s.Duty.OnNS, s.Duty.EveryNS
+	}
 	return csv.NewWriter(w).WriteAll([][]string{
-		{"collection", "level", "collector", "problem", "module", "hook", "kernel", "isa",
+		{"collection", "level", "duty_on_ns", "duty_every_ns", "collector", "problem", "module", "hook", "hook_cycles", "kernel", "isa",
 			"slots_live", "slots_retired", "slots_backed", "slots_max", "exits", "unattributed", "missed",
-			"libvirt_connected", "libvirt_uri", "libvirt_error", "version", "since"},
-		values(s.Collection, s.Level, s.Collector, s.Problem, s.Module, s.Hook, s.Kernel, s.ISA,
+			"libvirt_connected", "libvirt_uri", "libvirt_error", "version", "since", "cpu_total_pct", "cpu_latest_pct"},
+		values(s.Collection, s.Level, on, every, s.Collector, s.Problem, s.Module, s.Hook, s.HookCycles, s.Kernel, s.ISA,
 			s.Slots.Live, s.Slots.Retired, s.Slots.Backed, s.Slots.Max, s.Exits, s.Unattributed, s.Missed,
-			s.Libvirt.Connected, s.Libvirt.URI, s.Libvirt.Error, s.Version, &s.Since),
+			s.Libvirt.Connected, s.Libvirt.URI, s.Libvirt.Error, s.Version, &s.Since, s.CPU.TotalPct, s.CPU.LatestPct),
 	})
 }

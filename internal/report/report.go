@@ -77,7 +77,19 @@ func Report(w io.Writer, r api.Report, o Options) error {
 			}
 			continue
 		}
-		fmt.Fprintf(w, "%s, %s, %d exits, %s/s, guest %s\n", span(d.SpanNS), plural(len(d.VCPUs), "vCPU"), d.Count, rate(d.Rate), guest(d))
+		if d.SpanNS == 0 && d.Count == 0 {
+			if _, err := fmt.Fprintf(w, "nothing was observed in %s\n", span(d.WallNS)); err != nil {
+				return err
+			}
+			continue
+		}
+		fmt.Fprintf(w, "%s, %s, %d exits, %s/s\n", observed(d), plural(len(d.VCPUs), "vCPU"), d.Count, rate(d.Rate))
+		if d.Time.Sum() > 0 {
+			if err := where(d).write(w); err != nil {
+				return err
+			}
+			fmt.Fprintln(w)
+		}
 		rows := reasons(d, o.Limit)
 		if o.By == ByVCPU {
 			rows = vcpus(d)
@@ -116,39 +128,61 @@ func span(ns int64) string {
 	return duration(uint64(max(ns, 0)))
 }
 
-// timed tells whether times were measured. At level count there are none, and
-// the numbers that stand for them say nothing.
-func timed(d *api.Domain) bool {
-	if d.GuestNS > 0 || d.Count == 0 {
-		return true
+// observed tells how long the domain was observed, and of how long a time, when
+// that is more. Of a hundredth nothing is said: clocks are read one by one.
+func observed(d *api.Domain) string {
+	if d.SpanNS < d.WallNS-d.WallNS/100 {
+		return fmt.Sprintf("%s observed of %s", span(d.SpanNS), span(d.WallNS))
 	}
-	for i := range d.Exits {
-		if d.Exits[i].MeanNS != nil {
-			return true
-		}
-	}
-	return false
+	return span(d.SpanNS)
 }
 
-func guest(d *api.Domain) string {
-	if !timed(d) {
-		return none
+// where tells where the time of the domain's vCPUs went.
+func where(d *api.Domain) *table {
+	t := &table{columns: []column{
+		{title: plural(len(d.VCPUs), "vCPU"), right: true}, {title: "Guest", right: true}, {title: "KVM", right: true},
+		{title: "User", right: true}, {title: "Poll", right: true}, {title: "Halted", right: true}, {title: "Wait", right: true},
+		{title: "Outside", right: true},
+	}}
+	ns, pct := d.Time, d.Time.Pct()
+	t.add(duration(ns.Sum()), duration(ns.GuestNS), duration(ns.KVMNS), duration(ns.UserNS), duration(ns.PollNS),
+		duration(ns.HaltedNS), duration(ns.WaitNS), duration(ns.OutsideNS))
+	t.add(percent(100), percent(pct.Guest), percent(pct.KVM), percent(pct.User), percent(pct.Poll),
+		percent(pct.Halted), percent(pct.Wait), percent(pct.Outside))
+	return t
+}
+
+// shares are the columns that tell at a glance where time went.
+var shares = []column{
+	{title: "Guest", right: true}, {title: "KVM", right: true}, {title: "User", right: true}, {title: "Idle", right: true},
+	{title: "Wait", right: true},
+}
+
+// cells are those of the shares. Where nothing was timed they are not known.
+func cells(p api.TimePct) []string {
+	if p == (api.TimePct{}) {
+		return []string{none, none, none, none, none}
 	}
-	return percent(d.GuestPct) + "%"
+	return []string{whole(p.Guest), whole(p.KVM), whole(p.User), whole(p.Poll + p.Halted), whole(p.Wait)}
 }
 
 func reasons(d *api.Domain, limit int) *table {
 	t := &table{columns: []column{
-		{title: "Reason", least: 8}, {title: "Count", right: true}, {title: "Rate", right: true}, {title: "Share", right: true},
-		{title: "Time", right: true}, {title: "Mean", right: true}, {title: "P50", right: true}, {title: "P99", right: true},
+		{title: "Reason", least: 10}, {title: "Count", right: true}, {title: "Rate", right: true}, {title: "Share", right: true, spare: true},
+		{title: "Time", right: true}, {title: "User", right: true}, {title: "Mean", right: true}, {title: "P50", right: true}, {title: "P99", right: true},
 		{title: "Max", right: true},
 	}}
 	for _, e := range top(d.Exits, limit) {
 		var sum *uint64
+		user := none
 		if e.MaxNS != nil { // some were timed
 			sum = &e.TimeNS
+			user = "0%"
+			if e.TimeNS > 0 {
+				user = whole(100 * float64(e.UserNS) / float64(e.TimeNS))
+			}
 		}
-		t.add(e.Reason, count(e.Count), rate(e.Rate), percent(100*e.Share)+"%", durationOrNone(sum),
+		t.add(e.Reason, count(e.Count), rate(e.Rate), percent(100*e.Share), durationOrNone(sum), user,
 			durationOrNone(e.MeanNS), durationOrNone(e.P50NS), durationOrNone(e.P99NS), durationOrNone(e.MaxNS))
 	}
 	return t
@@ -167,6 +201,7 @@ func top(exits []api.Exit, limit int) []api.Exit {
 		sum.Rate += e.Rate
 		sum.Share += e.Share
 		sum.TimeNS += e.TimeNS
+		sum.UserNS += e.UserNS
 		if e.MaxNS != nil && (sum.MaxNS == nil || *e.MaxNS > *sum.MaxNS) {
 			sum.MaxNS = e.MaxNS
 		}
@@ -175,17 +210,12 @@ func top(exits []api.Exit, limit int) []api.Exit {
 }
 
 func vcpus(d *api.Domain) *table {
-	t := &table{columns: []column{
+	t := &table{columns: append([]column{
 		{title: "vCPU", right: true}, {title: "TID", right: true}, {title: "Exits", right: true}, {title: "Rate", right: true},
-		{title: "Share", right: true}, {title: "Guest %", right: true}, {title: "Time", right: true},
-	}}
-	known := timed(d)
+		{title: "Share", right: true, spare: true},
+	}, shares...)}
 	for _, v := range d.VCPUs {
-		guest, sum := none, none
-		if known {
-			guest, sum = percent(v.GuestPct), duration(v.TimeNS)
-		}
-		t.add(fmt.Sprint(v.ID), fmt.Sprint(v.TID), count(v.Exits), rate(v.Rate), share(v.Exits, d.Count), guest, sum)
+		t.add(append([]string{fmt.Sprint(v.ID), fmt.Sprint(v.TID), count(v.Exits), rate(v.Rate), share(v.Exits, d.Count)}, cells(v.Time.Pct())...)...)
 	}
 	return t
 }
@@ -194,11 +224,11 @@ func share(part, whole uint64) string {
 	if whole == 0 {
 		return none
 	}
-	return percent(100*float64(part)/float64(whole)) + "%"
+	return percent(100 * float64(part) / float64(whole))
 }
 
-// List prints domains, one a line. Unless collecting is set, rates and the
-// share of time in the guest are not known; the counts stand still.
+// List prints domains, one a line. Unless collecting is set, rates and shares of
+// the time are not known; the counts stand still.
 func List(w io.Writer, d api.Domains, f Format, collecting bool) error {
 	switch f {
 	case JSON:
@@ -206,26 +236,18 @@ func List(w io.Writer, d api.Domains, f Format, collecting bool) error {
 	case CSV:
 		return listCSV(w, d)
 	}
-	t := &table{columns: []column{
-		{title: "Id"}, {title: "Name", least: 18}, {title: "State"}, {title: "vCPUs", right: true},
-		{title: "Exits/s", right: true}, {title: "Guest %", right: true}, {title: "Top reasons", least: 16},
-	}}
+	columns := append([]column{{title: "Id"}, {title: "Name", least: 17}, {title: "State"}, {title: "Exits/s", right: true}}, shares...)
+	t := &table{columns: append(columns, column{title: "Top", least: 7, list: true, spare: true})}
 	for i := range d.Domains {
 		d := &d.Domains[i]
-		id, vcpus, exits, guest := none, none, none, none
+		id, exits, pct := none, none, api.TimePct{}
 		if d.ID != nil {
 			id = fmt.Sprint(*d.ID)
 		}
-		if len(d.VCPUs) > 0 {
-			vcpus = fmt.Sprint(len(d.VCPUs))
+		if paused := d.Since != nil && d.Level == "off"; collecting && d.Running() && !paused {
+			exits, pct = brief(d.Rate), d.TimePct
 		}
-		if collecting && d.Running() {
-			exits = rate(d.Rate)
-			if timed(d) {
-				guest = percent(d.GuestPct)
-			}
-		}
-		t.add(id, d.Name, d.State, vcpus, exits, guest, topReasons(d))
+		t.add(append(append([]string{id, d.Name, d.State, exits}, cells(pct)...), topReasons(d))...)
 	}
 	return t.write(w)
 }
@@ -235,13 +257,9 @@ func topReasons(d *api.Domain) string {
 	s := ""
 	for _, e := range d.Exits[:min(3, len(d.Exits))] {
 		if s != "" {
-			s += " "
+			s += separator
 		}
-		if e.Share < 0.005 {
-			s += e.Reason + " <1%"
-		} else {
-			s += fmt.Sprintf("%s %.0f%%", e.Reason, 100*e.Share)
-		}
+		s += whole(100*e.Share) + " " + e.Reason
 	}
 	if s == "" {
 		return none
@@ -271,12 +289,21 @@ func Status(w io.Writer, s api.Status, f Format) error {
 	if s.Libvirt.Error != "" {
 		libvirt += ": " + s.Libvirt.Error
 	}
+	hook := s.Hook
+	if s.HookCycles > 0 {
+		hook += fmt.Sprintf(", takes about %d cycles an exit", s.HookCycles)
+	}
+	duty := ""
+	if s.Duty != nil {
+		duty = fmt.Sprintf("%v in every %v", time.Duration(s.Duty.OnNS), time.Duration(s.Duty.EveryNS))
+	}
 	lines := [][2]string{
 		{"Collection", s.Collection},
 		{"Problem", s.Problem},
 		{"Level", s.Level},
+		{"Duty", duty},
 		{"Collector", collector},
-		{"Hook", s.Hook},
+		{"Hook", hook},
 		{"Kernel", s.Kernel},
 		{"ISA", s.ISA},
 		{"Slots", fmt.Sprintf("%d live, %d retired, %d backed, %d at most", s.Slots.Live, s.Slots.Retired, s.Slots.Backed, s.Slots.Max)},
@@ -284,7 +311,7 @@ func Status(w io.Writer, s api.Status, f Format) error {
 		{"Unattributed", count(s.Unattributed)},
 		{"Missed", count(s.Missed)},
 		{"Libvirt", libvirt},
-		{"Daemon", fmt.Sprintf("%s, since %s", s.Version, s.Since.Format("2006-01-02 15:04:05 MST"))},
+		{"Daemon", fmt.Sprintf("%s, since %s, %s of a CPU (now %s)", s.Version, s.Since.Format("2006-01-02 15:04:05 MST"), percent(s.CPU.TotalPct), percent(s.CPU.LatestPct))},
 	}
 	for _, l := range lines {
 		if l[1] == "" {

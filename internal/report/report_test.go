@@ -48,37 +48,61 @@ var since = time.Date(2025, 11, 22, 10, 48, 0, 5e8, time.UTC)
 func exit(isa string, code uint32, reason string, count, of, mean uint64) api.Exit {
 	e := api.Exit{ISA: isa, Code: code, Reason: reason, Count: count, Rate: float64(count), Share: float64(count) / float64(of)}
 	if mean > 0 {
-		e.TimeNS = count * mean
+		e.TimeNS, e.UserNS = count*mean, count*mean/3
 		e.MeanNS, e.P50NS, e.P99NS, e.MaxNS = &mean, ptr(mean/2), ptr(mean*20), ptr(mean*1000)
 	}
 	return e
 }
 
 func web() api.Domain {
-	return api.Domain{
-		ID: ptr(3), Name: "web01", UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa0"), TGID: 4711, State: "running", Source: "libvirt",
-		Since: &since, SpanNS: 1000123456, Count: 20000, Rate: 19997.531, GuestNS: 1740000000, GuestPct: 86.9892,
+	d := api.Domain{
+		ID: ptr(3), Name: "web01", UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa0"), TGID: 4711, State: "running", Source: "libvirt", Level: "time",
+		Since: &since, WallNS: 1000123456, SpanNS: 1000123456, Count: 20000, Rate: 19997.531,
 		VCPUs: []api.VCPU{
-			{ID: 0, TID: 4715, Exits: 12000, Rate: 11998.5, TimeNS: 120345678, GuestNS: 880000000, GuestPct: 87.99},
-			{ID: 1, TID: 4716, Exits: 8000, Rate: 7999, TimeNS: 9, GuestNS: 860000000, GuestPct: 85.9884},
+			vcpu(0, 4715, 12000, api.Times{GuestNS: 880000000, KVMNS: 90345678, UserNS: 20000000, PollNS: 2000000, HaltedNS: 7777778, WaitNS: 9, OutsideNS: 0}),
+			vcpu(1, 4716, 8000, api.Times{GuestNS: 860000000, KVMNS: 30345678, UserNS: 86345678, PollNS: 1000, HaltedNS: 23308644, WaitNS: 100456, OutsideNS: 22000}),
 		},
 		Exits: []api.Exit{
 			exit("svm", 0x78, "hlt", 12000, 20000, 104999), exit("svm", 0x7b, "io", 7000, 20000, 12345),
 			exit("svm", 0x400, "npf", 950, 20000, 999), exit("svm", 0x72, "cpuid", 49, 20000, 2), exit("svm", 0x41, "write_dr15", 1, 20000, 999600),
 		},
 	}
+	timed(&d)
+	return d
+}
+
+func vcpu(id, tid int, exits uint64, t api.Times) api.VCPU {
+	return api.VCPU{ID: id, TID: tid, Exits: exits, Rate: float64(exits), Time: t, GuestNS: t.GuestNS, GuestPct: t.Pct().Guest}
+}
+
+// timed sums up the times of the vCPUs.
+func timed(d *api.Domain) {
+	d.Time = api.Times{}
+	for _, v := range d.VCPUs {
+		d.Time.GuestNS += v.Time.GuestNS
+		d.Time.KVMNS += v.Time.KVMNS
+		d.Time.UserNS += v.Time.UserNS
+		d.Time.PollNS += v.Time.PollNS
+		d.Time.HaltedNS += v.Time.HaltedNS
+		d.Time.WaitNS += v.Time.WaitNS
+		d.Time.OutsideNS += v.Time.OutsideNS
+	}
+	d.TimePct = d.Time.Pct()
+	d.GuestNS, d.GuestPct = d.Time.GuestNS, d.TimePct.Guest
 }
 
 func intel() api.Domain {
-	return api.Domain{
-		ID: ptr(12), Name: "instance-0000001a", UUID: ptr("c7a5fdbd-edaf-9455-926a-d65c16db1809"), TGID: 5000, State: "running", Source: "rundir",
-		Since: &since, SpanNS: 93784e9, Count: 18446744073, Rate: 196693.5, GuestNS: 93784e9, GuestPct: 100,
-		VCPUs: []api.VCPU{{ID: 0, TID: 5001, Exits: 18446744073, Rate: 196693.5, TimeNS: 93784e9, GuestNS: 93784e9, GuestPct: 100}},
+	d := api.Domain{
+		ID: ptr(12), Name: "instance-0000001a", UUID: ptr("c7a5fdbd-edaf-9455-926a-d65c16db1809"), TGID: 5000, State: "running", Source: "rundir", Level: "recent",
+		Since: &since, WallNS: 937840e9, SpanNS: 93784e9, Count: 18446744073, Rate: 196693.5,
+		VCPUs: []api.VCPU{vcpu(0, 5001, 18446744073, api.Times{GuestNS: 11639e9, KVMNS: 60763e9, UserNS: 21382e9})},
 		Exits: []api.Exit{
 			rated(127954.02, exit("vmx", 1, "EXTERNAL_INTERRUPT", 12000000000, 18446744073, 1500)),
 			rated(68739.48, exit("vmx", 30, "IO_INSTRUCTION", 6446744073, 18446744073, 9950)),
 		},
 	}
+	timed(&d)
+	return d
 }
 
 func rated(rate float64, e api.Exit) api.Exit {
@@ -86,19 +110,36 @@ func rated(rate float64, e api.Exit) api.Exit {
 	return e
 }
 
+// idle halts.
+func idle() api.Domain {
+	d := web()
+	d.ID, d.Name, d.Count, d.Rate = ptr(4), "idle", 21, 20.9974
+	d.VCPUs = []api.VCPU{vcpu(0, 4801, 21, api.Times{GuestNS: 420000, KVMNS: 80000, PollNS: 4e6, HaltedNS: 995.6e6})}
+	d.Exits = []api.Exit{exit("vmx", 12, "HLT", 20, 21, 3500), exit("vmx", 1, "EXTERNAL_INTERRUPT", 1, 21, 9000)}
+	timed(&d)
+	return d
+}
+
 // counted is at level count: nothing is timed.
 func counted() api.Domain {
 	d := web()
-	d.ID, d.Name, d.UUID, d.GuestNS, d.GuestPct = nil, "qemu-system-x86_64 (4711)", nil, 0, 0
-	for i := range d.VCPUs {
-		d.VCPUs[i].TimeNS, d.VCPUs[i].GuestNS, d.VCPUs[i].GuestPct = 0, 0, 0
-	}
+	d.ID, d.Name, d.UUID, d.Level = nil, "qemu-system-x86_64 (4711)", nil, "count"
+	d.VCPUs = []api.VCPU{vcpu(0, 4715, 12000, api.Times{}), vcpu(1, 4716, 8000, api.Times{})}
+	timed(&d)
 	d.Exits = []api.Exit{exit("svm", 0x78, "hlt", 20000, 20000, 0)}
 	return d
 }
 
+// paused has been counted, and is not during the interval.
+func paused() api.Domain {
+	return api.Domain{
+		ID: ptr(7), Name: "batch", UUID: ptr("11111111-2222-3333-4444-666666666666"), TGID: 6000, State: "running", Source: "libvirt", Level: "off",
+		Since: &since, WallNS: 3e9, VCPUs: []api.VCPU{vcpu(0, 6001, 0, api.Times{})}, Exits: []api.Exit{},
+	}
+}
+
 func off() api.Domain {
-	return api.Domain{Name: "archive", UUID: ptr("11111111-2222-3333-4444-555555555555"), State: "shut off", Source: "libvirt", VCPUs: []api.VCPU{}, Exits: []api.Exit{}}
+	return api.Domain{Name: "archive", UUID: ptr("11111111-2222-3333-4444-555555555555"), State: "shut off", Source: "libvirt", Level: "off", VCPUs: []api.VCPU{}, Exits: []api.Exit{}}
 }
 
 func named(names ...string) []api.Domain {
@@ -116,8 +157,9 @@ var ugly = named("虚拟机一号", "naïve café", "comma, \"quote\" 'n' tick",
 
 func cases() map[string][]api.Domain {
 	return map[string][]api.Domain{
-		"usual": {web(), intel(), counted(), off()},
+		"usual": {web(), intel(), counted(), paused(), off()},
 		"ugly":  ugly,
+		"short": {web(), idle()},
 		"none":  {},
 	}
 }
@@ -180,6 +222,7 @@ func TestGolden(t *testing.T) {
 			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), Module: "0.1.0", Hook: "tracepoint",
 			Kernel: "6.1.0-56-amd64", ISA: "svm", Slots: api.Slots{Live: 4, Retired: 1, Backed: 64, Max: 4096}, Exits: 1<<64 - 1, Unattributed: 3, Missed: 2,
 			Libvirt: api.Libvirt{Connected: true, URI: "qemu:///system"}, Since: since,
+			HookCycles: 234, Duty: &api.Duty{OnNS: 5e8, EveryNS: 1e10}, CPU: api.CPU{TotalPct: 0.512, LatestPct: 1.25},
 		}
 		bad := api.Status{
 			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "off", Problem: "the module virtexit is not loaded", Hook: "none",
@@ -227,7 +270,7 @@ func TestLimitKeepsSums(t *testing.T) {
 		}
 		var sum uint64
 		for _, row := range rows[1:] {
-			n, err := strconv.ParseUint(row[7], 10, 64)
+			n, err := strconv.ParseUint(row[8], 10, 64)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -254,6 +297,39 @@ func TestDuration(t *testing.T) {
 		if got := duration(tt.ns); got != tt.want {
 			t.Errorf("duration(%d) = %s, want %s", tt.ns, got, tt.want)
 		}
+	}
+}
+
+// What does not fit is left out by plan: first the end of texts, then whole
+// columns, and numbers never.
+func TestFit(t *testing.T) {
+	text := func(n int) string { return strings.Repeat("t", n) }
+	for _, tt := range []struct {
+		name             string
+		id, title, top   string
+		header, wantLine string
+	}{
+		{"all fits", "1", "web", "60% hlt, 30% io", "Id Name Number Top", "1 web 123456 60% hlt, 30% io"},
+		{"an item less", "1", text(55), "60% hlt, 30% io", "Id Name Number Top", "1 " + text(55) + " 123456 60% hlt"},
+		{"the name cut", "1", text(60), "60% hlt", "Id Name Number Top", "1 " + text(57) + "… 123456 60% hlt"},
+		{"a column less", text(56), text(30), "60% hlt", "Id Name Number", text(56) + " " + text(12) + "… 123456"},
+		{"too much", text(80), text(30), "60% hlt", "Id Name Number", text(80) + " " + text(9) + "… 123456"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			table := &table{columns: []column{{title: "Id"}, {title: "Name", least: 10}, {title: "Number", right: true},
+				{title: "Top", least: 7, list: true, spare: true}}}
+			table.add(tt.id, tt.title, "123456", tt.top)
+			var out bytes.Buffer
+			if err := table.write(&out); err != nil {
+				t.Fatal(err)
+			}
+			lines := strings.Split(out.String(), "\n")
+			for i, want := range map[int]string{0: tt.header, 2: tt.wantLine} {
+				if got := strings.Join(strings.Fields(lines[i]), " "); got != want {
+					t.Errorf("line %d is %q, want %q", i, got, want)
+				}
+			}
+		})
 	}
 }
 

@@ -5,6 +5,7 @@ package report
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -24,6 +25,8 @@ type column struct {
 	title string
 	right bool // aligned; a column of numbers
 	least int  // width down to which it may be cut; 0: never cut
+	list  bool // of items, of which those go first that do not fit
+	spare bool // left out when the line is too long even then
 }
 
 // table prints as virsh does: a leading space, a header, a dashed rule.
@@ -39,29 +42,30 @@ func (t *table) add(cells ...string) {
 	t.rows = append(t.rows, cells)
 }
 
-const gap = "  "
+const (
+	gap       = "  "
+	separator = ", " // of the items of a list
+)
 
 func (t *table) write(w io.Writer) error {
-	widths := make([]int, len(t.columns))
-	line := 1 - len(gap)
-	for i, c := range t.columns {
-		widths[i] = width(c.title)
-		for _, row := range t.rows {
-			widths[i] = max(widths[i], width(row[i]))
+	widths, line := t.fit()
+	for line > lineWidth {
+		spare := slices.IndexFunc(t.columns, func(c column) bool { return c.spare })
+		if spare < 0 {
+			break
 		}
-		line += len(gap) + widths[i]
-	}
-	for i, c := range t.columns {
-		if cut := min(line-lineWidth, widths[i]-c.least); c.least > 0 && cut > 0 {
-			widths[i] -= cut
-			line -= cut
-		}
+		t.remove(spare)
+		widths, line = t.fit()
 	}
 	var b strings.Builder
 	writeLine := func(cell func(int) string) {
 		var text strings.Builder
 		for i, c := range t.columns {
-			s := cut(cell(i), widths[i])
+			s := cell(i)
+			if c.list {
+				s = items(s, widths[i])
+			}
+			s = cut(s, widths[i])
 			pad := strings.Repeat(" ", widths[i]-width(s))
 			if i > 0 {
 				text.WriteString(gap)
@@ -84,6 +88,34 @@ func (t *table) write(w io.Writer) error {
 	return err
 }
 
+// fit chooses the widths of the columns, the last ones being cut first, and
+// tells that of the line.
+func (t *table) fit() (widths []int, line int) {
+	widths = make([]int, len(t.columns))
+	line = 1 - len(gap)
+	for i, c := range t.columns {
+		widths[i] = width(c.title)
+		for _, row := range t.rows {
+			widths[i] = max(widths[i], width(row[i]))
+		}
+		line += len(gap) + widths[i]
+	}
+	for i, c := range slices.Backward(t.columns) {
+		if cut := min(line-lineWidth, widths[i]-c.least); c.least > 0 && cut > 0 {
+			widths[i] -= cut
+			line -= cut
+		}
+	}
+	return widths, line
+}
+
+func (t *table) remove(column int) {
+	t.columns = slices.Delete(t.columns, column, column+1)
+	for i, row := range t.rows {
+		t.rows[i] = slices.Delete(row, column, column+1)
+	}
+}
+
 // terminal gives widths that do not depend on the locale.
 func terminal() *runewidth.Condition {
 	return &runewidth.Condition{StrictEmojiNeutral: true}
@@ -93,6 +125,18 @@ func width(s string) int { return terminal().StringWidth(s) }
 
 // cut shortens s to at most n columns.
 func cut(s string, n int) string { return terminal().Truncate(s, n, "…") }
+
+// items leaves items out until n columns are enough or one item is left.
+func items(s string, n int) string {
+	for width(s) > n {
+		last := strings.LastIndex(s, separator)
+		if last < 0 {
+			break
+		}
+		s = s[:last]
+	}
+	return s
+}
 
 // Clean makes text from outside safe to print on one line of a terminal: what
 // cannot be printed appears as an escape.
@@ -145,11 +189,27 @@ func count(n uint64) string { return strconv.FormatUint(n, 10) }
 
 func rate(r float64) string { return strconv.FormatFloat(r, 'f', 1, 64) }
 
+// brief prints a rate with a decimal only where it is small.
+func brief(r float64) string {
+	if r < 99.95 {
+		return rate(r)
+	}
+	return strconv.FormatFloat(r, 'f', 0, 64)
+}
+
 // percent prints one decimal, and 100 without it: that saves a column.
 func percent(p float64) string {
 	s := strconv.FormatFloat(p, 'f', 1, 64)
 	if s == "100.0" {
 		s = "100"
 	}
-	return s
+	return s + "%"
+}
+
+// whole prints a whole number of percent.
+func whole(p float64) string {
+	if p > 0 && p < 0.5 {
+		return "<1%"
+	}
+	return strconv.FormatFloat(p, 'f', 0, 64) + "%"
 }

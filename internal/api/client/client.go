@@ -4,6 +4,7 @@
 package client
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -27,6 +28,7 @@ const (
 	// maxAnswer is, in bytes, about ten times a report of 1,000 domains with
 	// 8 vCPUs each.
 	maxAnswer = 64 << 20
+	maxLine   = 64 << 10 // of a log, in bytes: some hundred are usual
 	// patience is how long the daemon may take, beyond a report's interval.
 	patience = 10 * time.Second
 )
@@ -128,7 +130,7 @@ func (c *Client) Domains(ctx context.Context) (api.Domains, error) {
 // Domain returns the domain with this id, name or uuid.
 func (c *Client) Domain(ctx context.Context, domain string) (api.OneDomain, error) {
 	var a api.OneDomain
-	err := c.do(ctx, http.MethodGet, "/v1/domains/"+url.PathEscape(domain), nil, c.patience, &a)
+	err := c.do(ctx, http.MethodGet, domainPath(domain, ""), nil, c.patience, &a)
 	return a, err
 }
 
@@ -158,6 +160,102 @@ func (c *Client) SetCollection(ctx context.Context, collection api.Collection) (
 	return a, err
 }
 
+// DomainLevel tells the level of a running domain.
+func (c *Client) DomainLevel(ctx context.Context, domain string) (api.DomainLevel, error) {
+	var a api.DomainLevel
+	err := c.do(ctx, http.MethodGet, domainPath(domain, "/level"), nil, c.patience, &a)
+	return a, err
+}
+
+// SetDomainLevel sets it; nil is the default, that of all domains.
+func (c *Client) SetDomainLevel(ctx context.Context, domain string, level *string) (api.DomainLevel, error) {
+	body, err := json.Marshal(api.DomainLevel{Level: level})
+	if err != nil {
+		return api.DomainLevel{}, err
+	}
+	var a api.DomainLevel
+	err = c.do(ctx, http.MethodPut, domainPath(domain, "/level"), body, c.patience, &a)
+	return a, err
+}
+
+// Log returns the latest exits of a running domain.
+func (c *Client) Log(ctx context.Context, domain string, q api.LogQuery) (api.Log, error) {
+	var a api.Log
+	err := c.do(ctx, http.MethodGet, logPath(domain, q, false), nil, c.patience, &a)
+	return a, err
+}
+
+func domainPath(domain, resource string) string {
+	return "/v1/domains/" + url.PathEscape(domain) + resource
+}
+
+func logPath(domain string, q api.LogQuery, follow bool) string {
+	v := url.Values{}
+	if follow {
+		v.Set("follow", "1")
+	}
+	if q.VCPU != nil {
+		v.Set("vcpu", strconv.Itoa(*q.VCPU))
+	}
+	if q.Reason != "" {
+		v.Set("reason", q.Reason)
+	}
+	if q.Limit != 0 {
+		v.Set("limit", strconv.Itoa(q.Limit))
+	}
+	return domainPath(domain, "/log") + "?" + v.Encode()
+}
+
+// Follow hands the exits of a running domain to each as they come, line by line
+// as api.LogLine tells. It returns nil when the domain has ended, and what a last
+// line says as an error.
+func (c *Client) Follow(ctx context.Context, domain string, q api.LogQuery, each func(api.LogLine) error) error {
+	limited, cancel := context.WithCancel(ctx)
+	defer cancel()
+	impatient := time.AfterFunc(c.patience, cancel)
+	req, err := http.NewRequestWithContext(limited, http.MethodGet, "http://virtexitd"+logPath(domain, q, true), nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return c.explain(ctx, limited, c.patience, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return c.explain(ctx, limited, c.patience, decode(resp.StatusCode, resp.Body, nil))
+	}
+	lines := bufio.NewScanner(resp.Body)
+	lines.Buffer(nil, maxLine)
+	first := true
+	for ; lines.Scan(); first = false {
+		var line api.LogLine
+		if err := json.Unmarshal(lines.Bytes(), &line); err != nil {
+			if lines.Err() != nil {
+				break // the line has not come to its end
+			}
+			return fmt.Errorf("bad answer of virtexitd: %w", err)
+		}
+		if first && line.Schema != api.Schema {
+			return schemaError(line.Schema)
+		}
+		if line.Error != "" {
+			return &StatusError{resp.StatusCode, line.Error}
+		}
+		impatient.Stop()
+		if err := each(line); err != nil {
+			return err
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return c.explain(ctx, limited, c.patience, fmt.Errorf("read virtexitd's answer: %w", err))
+	}
+	if first {
+		return errors.New("virtexitd answers with nothing")
+	}
+	return nil
+}
+
 func (c *Client) do(ctx context.Context, method, path string, body []byte, patience time.Duration, answer any) error {
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -170,6 +268,12 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, patie
 		defer resp.Body.Close()
 		err = decode(resp.StatusCode, resp.Body, answer)
 	}
+	return c.explain(ctx, limited, patience, err)
+}
+
+// explain turns an error of a request into the client's. limited is ctx with an
+// end when patience is.
+func (c *Client) explain(ctx, limited context.Context, patience time.Duration, err error) error {
 	var transport *url.Error
 	switch {
 	case err == nil:
@@ -188,6 +292,10 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, patie
 	return fmt.Errorf("no answer from virtexitd at '%s': %w", c.socket, transport.Err)
 }
 
+func schemaError(got string) error {
+	return fmt.Errorf("virtexitd answers with schema %q, expected %q: client and daemon are of different versions", got, api.Schema)
+}
+
 // decode reads the body of an answer with an HTTP status.
 func decode(status int, r io.Reader, answer any) error {
 	body, err := io.ReadAll(io.LimitReader(r, maxAnswer+1))
@@ -204,7 +312,7 @@ func decode(status int, r io.Reader, answer any) error {
 		return fmt.Errorf("not an answer of virtexitd: HTTP status %d, %w", status, err)
 	}
 	if head.Schema != api.Schema {
-		return fmt.Errorf("virtexitd answers with schema %q, expected %q: client and daemon are of different versions", head.Schema, api.Schema)
+		return schemaError(head.Schema)
 	}
 	if status == http.StatusOK {
 		if err := json.Unmarshal(body, answer); err != nil {

@@ -119,6 +119,68 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
+func TestFollowStrangers(t *testing.T) {
+	const head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+	chunk := func(lines string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(lines), lines) }
+	const first = `{"schema":"virtexit/v1","domain":"x"}` + "\n"
+	const end = "0\r\n\r\n"
+	for _, tt := range []struct{ name, answer, want string }{
+		{"silent", "", "does not answer within 200ms"},
+		{"no line", head, "does not answer within 200ms"},
+		{"web server", "HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n<html>\n", "bad answer of virtexitd"},
+		{"older daemon", "HTTP/1.1 404 Not Found\r\nContent-Length: 62\r\n\r\n" + `{"schema":"virtexit/v1","error":"failed to get domain 'x/log'"}`, "not an answer of virtexitd"},
+		{"later schema", head + chunk(`{"schema":"virtexit/v2"}`+"\n"), "client and daemon are of different versions"},
+		{"nothing at all", head + end, "virtexitd answers with nothing"},
+		{"last words", head + chunk(first+`{"error":"collector gone"}`+"\n"), "collector gone"},
+		{"endless line", head + chunk(first+strings.Repeat("x", maxLine+1)), "token too long"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := New(answering(t, tt.answer))
+			c.patience = 200 * time.Millisecond
+			err := c.Follow(t.Context(), "x", api.LogQuery{}, func(api.LogLine) error { return nil })
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// A daemon that dies is no end of a log.
+func TestFollowCutOff(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		c.Read(make([]byte, 1000))
+		first := `{"schema":"virtexit/v1","domain":"x"}` + "\n"
+		fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n9\r\n{\"vcpu\"", len(first), first)
+	}()
+	err = New(path).Follow(t.Context(), "x", api.LogQuery{}, func(api.LogLine) error { return nil })
+	if !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("got %v, want %v", err, io.ErrUnexpectedEOF)
+	}
+}
+
+// Once it has begun, a log may be silent for long.
+func TestFollowIsPatient(t *testing.T) {
+	const first = `{"schema":"virtexit/v1","domain":"x"}` + "\n"
+	c := New(answering(t, fmt.Sprintf("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n", len(first), first)))
+	c.patience = 100 * time.Millisecond
+	ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
+	defer cancel()
+	if err := c.Follow(ctx, "x", api.LogQuery{}, func(api.LogLine) error { return nil }); err != context.DeadlineExceeded {
+		t.Errorf("got %v, want %v", err, context.DeadlineExceeded)
+	}
+}
+
 func TestCanceled(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(50*time.Millisecond, cancel)

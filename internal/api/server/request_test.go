@@ -67,13 +67,19 @@ func TestDecodeCollection(t *testing.T) {
 		{name: "on", body: `{"collection":"on"}`, want: api.Collection{Collection: "on"}},
 		{name: "on count", body: `{"collection":"on","level":"count"}` + "\n", want: api.Collection{Collection: "on", Level: "count"}},
 		{name: "on time", body: `{"level":"time","collection":"on"}`, want: api.Collection{Collection: "on", Level: "time"}},
+		{name: "on recent", body: `{"collection":"on","level":"recent"}`, want: api.Collection{Collection: "on", Level: "recent"}},
+		{name: "on at times", body: `{"collection":"on","duty":{"on_ns":1000000000,"every_ns":10000000000}}`, want: api.Collection{Collection: "on", Duty: &api.Duty{OnNS: 1e9, EveryNS: 1e10}}},
+		{name: "on always", body: `{"collection":"on","duty":{"on_ns":1000000000,"every_ns":1000000000}}`, want: api.Collection{Collection: "on", Duty: &api.Duty{OnNS: 1e9, EveryNS: 1e9}}},
+		{name: "on as configured", body: `{"collection":"on","duty":null}`, want: api.Collection{Collection: "on"}},
+		{name: "half a duty", body: `{"collection":"on","duty":{"on_ns":1000000000}}`, wantErr: "duty: 1s of collection does not fit in every 0s"},
+		{name: "off at times", body: `{"collection":"off","duty":{"on_ns":1000000000,"every_ns":10000000000}}`, wantErr: `level and duty go with collection "on" alone`},
 		{name: "off", body: `{"collection":"off"}`, want: api.Collection{Collection: "off"}},
-		{name: "off with level", body: `{"collection":"off","level":"time"}`, wantErr: `level goes with collection "on" alone`},
+		{name: "off with level", body: `{"collection":"off","level":"time"}`, wantErr: `level and duty go with collection "on" alone`},
 		{name: "empty", body: "", wantErr: "bad body: EOF"},
 		{name: "null", body: "null", wantErr: `collection is "", must be "on" or "off"`},
 		{name: "missing", body: `{"level":"time"}`, wantErr: `collection is "", must be "on" or "off"`},
 		{name: "bad collection", body: `{"collection":"yes"}`, wantErr: `collection is "yes", must be "on" or "off"`},
-		{name: "bad level", body: `{"collection":"on","level":"off"}`, wantErr: `level is "off", must be "count" or "time"`},
+		{name: "bad level", body: `{"collection":"on","level":"off"}`, wantErr: `level is "off", must be "count", "time" or "recent"`},
 		{name: "unknown key", body: `{"collection":"on","lvl":"time"}`, wantErr: `bad body: json: unknown field "lvl"`},
 		{name: "wrong type", body: `{"collection":true}`, wantErr: "bad body: json: cannot unmarshal bool into Go struct field Collection.collection of type string"},
 		{name: "two values", body: `{"collection":"on"}{}`, wantErr: "bad body: more than one JSON value"},
@@ -87,6 +93,68 @@ func TestDecodeCollection(t *testing.T) {
 			}
 			if diff := cmp.Diff(tt.want, got); diff != "" {
 				t.Errorf("(-want +got)\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestDecodeLevel(t *testing.T) {
+	level := func(s string) *string { return &s }
+	for _, tt := range []struct {
+		name, body string
+		want       *string
+		wantErr    string
+	}{
+		{name: "recent", body: `{"level":"recent"}`, want: level("recent")},
+		{name: "off", body: `{"level":"off"}`, want: level("off")},
+		{name: "default", body: `{"level":null}`},
+		{name: "nothing", body: `{}`, wantErr: "level is missing: null stands for the default"},
+		{name: "unknown", body: `{"level":"pause"}`, wantErr: `level is "pause", must be "off", "count", "time" or "recent", or null for the default`},
+		{name: "empty", body: `{"level":""}`, wantErr: `level is "", must be "off", "count", "time" or "recent", or null for the default`},
+		{name: "number", body: `{"level":2}`, wantErr: "bad body: level: json: cannot unmarshal number into Go value of type string"},
+		{name: "unknown key", body: `{"levels":"time"}`, wantErr: `bad body: json: unknown field "levels"`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := decodeLevel(strings.NewReader(tt.body))
+			if text(err) != tt.wantErr {
+				t.Fatalf("error %q, want %q", text(err), tt.wantErr)
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("(-want +got)\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestParseLog(t *testing.T) {
+	zero := 0
+	for _, tt := range []struct {
+		name, query string
+		want        api.LogQuery
+		follow      bool
+		wantErr     string
+	}{
+		{name: "nothing"},
+		{name: "all", query: "follow=true&limit=3&vcpu=0&reason=a%20b", want: api.LogQuery{VCPU: &zero, Reason: "a b", Limit: 3}, follow: true},
+		{name: "bare follow", query: "follow", follow: true},
+		{name: "follow 1", query: "follow=1", follow: true},
+		{name: "follow false", query: "follow=false", wantErr: `parameter follow="false": it is given as follow, follow=1 or follow=true, or not at all`},
+		{name: "limit", query: "limit=0", wantErr: `parameter limit="0": not a number of exits`},
+		{name: "huge limit", query: "limit=99999999999999999999", wantErr: `parameter limit="99999999999999999999": not a number of exits`},
+		{name: "vcpu", query: "vcpu=-1", wantErr: `parameter vcpu="-1": not the number of a vCPU`},
+		{name: "vcpu by name", query: "vcpu=x", wantErr: `parameter vcpu="x": not the number of a vCPU`},
+		{name: "reason", query: "reason=", wantErr: "parameter reason is empty"},
+		{name: "twice", query: "limit=1&limit=2", wantErr: `parameter "limit" is given 2 times`},
+		{name: "unknown", query: "folow", wantErr: `unknown parameter "folow": known are follow, limit, reason, vcpu`},
+		{name: "bad escape", query: "reason=%zz", wantErr: `bad query "reason=%zz": invalid URL escape "%zz"`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, follow, err := parseLog(tt.query)
+			if text(err) != tt.wantErr {
+				t.Fatalf("error %q, want %q", text(err), tt.wantErr)
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" || follow != tt.follow {
+				t.Errorf("follow %t (-want +got)\n%s", follow, diff)
 			}
 		})
 	}
@@ -125,19 +193,22 @@ func FuzzParseReport(f *testing.F) {
 }
 
 func FuzzDecodeCollection(f *testing.F) {
-	for _, s := range []string{`{"collection":"on","level":"time"}`, `{"collection":"off"}`, `null`, `{}{}`, `{"x":1}`, "\x00"} {
+	for _, s := range []string{`{"collection":"on","level":"time","duty":{"on_ns":100000000,"every_ns":200000000}}`, `{"collection":"off"}`, `null`, `{}{}`, `{"x":1}`, "\x00"} {
 		f.Add(s)
 	}
 	valid := map[api.Collection]bool{
-		{Collection: "off"}:                true,
-		{Collection: "on"}:                 true,
-		{Collection: "on", Level: "count"}: true,
-		{Collection: "on", Level: "time"}:  true,
+		{Collection: "off"}:                 true,
+		{Collection: "on"}:                  true,
+		{Collection: "on", Level: "count"}:  true,
+		{Collection: "on", Level: "time"}:   true,
+		{Collection: "on", Level: "recent"}: true,
 	}
 	f.Fuzz(func(t *testing.T, body string) {
 		c, err := decodeCollection(strings.NewReader(body))
-		if err == nil && !valid[c] {
-			t.Errorf("accepted %+v", c)
+		duty := c.Duty
+		c.Duty = nil
+		if err == nil && (!valid[c] || duty != nil && (duty.Check() != nil || c.Collection == "off")) {
+			t.Errorf("accepted %+v, duty %+v", c, duty)
 		}
 		if err != nil && c != (api.Collection{}) {
 			t.Errorf("error %v and %+v", err, c)

@@ -2,8 +2,8 @@
 
 // Package server answers virtexit's API: HTTP/1.1 with JSON on a unix socket.
 //
-// Whoever can open the socket can read. Switching collection needs more: see
-// Options.
+// Whoever can open the socket can read. Switching collection and setting levels
+// needs more: see Options.
 package server
 
 import (
@@ -13,8 +13,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -35,8 +37,19 @@ type Backend interface {
 	// *api.AmbiguousError. It returns early when ctx ends.
 	Report(ctx context.Context, domains []string, interval time.Duration) (api.Report, error)
 	// SetCollection switches collection; its argument is valid. An empty
-	// Level means the configured one.
+	// Level and an empty Duty mean the configured ones.
 	SetCollection(api.Collection) (api.Status, error)
+	// DomainLevel tells the level of a running domain; for others it gives
+	// *api.ConflictError, as do the methods that follow.
+	DomainLevel(domain string) (api.DomainLevel, error)
+	// SetDomainLevel sets it; the level is valid. nil is the default.
+	SetDomainLevel(domain string, level *string) (api.DomainLevel, error)
+	// Log returns the latest exits of a running domain.
+	Log(domain string, q api.LogQuery) (api.Log, error)
+	// Follow writes them as they come, the line with the domain's name first,
+	// until the domain or ctx ends or write fails. It writes nothing when it
+	// fails at once, and keeps no line for longer than a write.
+	Follow(ctx context.Context, domain string, q api.LogQuery, write func([]api.LogLine) error) error
 }
 
 // Options configure a Server. The zero value is usable.
@@ -114,6 +127,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 // ServeHTTP answers one request.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	answer, err := s.answer(w, r)
+	if answer == nil && err == nil {
+		return // it has been written
+	}
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
@@ -126,17 +142,21 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		var e api.Error
 		status, e = explain(err)
 		if status == http.StatusMethodNotAllowed {
-			w.Header().Set("Allow", strings.Join(methods(r.URL.Path), ", "))
+			w.Header().Set("Allow", strings.Join(methods(r.URL), ", "))
 		}
 		enc.Encode(e) // into memory, of strings: cannot fail
 	}
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.Header().Set("Cache-Control", "no-store")
+	head(w, "application/json")
 	// A client that does not read its answer must not hold us.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.writeTimeout))
 	w.WriteHeader(status)
 	w.Write(body.Bytes()) // the client may be gone: nobody to tell
+}
+
+func head(w http.ResponseWriter, contentType string) {
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Cache-Control", "no-store")
 }
 
 // statusError is an error with an HTTP status of its own.
@@ -155,6 +175,7 @@ func explain(err error) (int, api.Error) {
 	var (
 		notFound  *api.NotFoundError
 		ambiguous *api.AmbiguousError
+		conflict  *api.ConflictError
 		status    *statusError
 	)
 	switch {
@@ -163,6 +184,8 @@ func explain(err error) (int, api.Error) {
 		return http.StatusNotFound, e
 	case errors.As(err, &ambiguous):
 		e.Domain = &ambiguous.Domain
+		return http.StatusConflict, e
+	case errors.As(err, &conflict):
 		return http.StatusConflict, e
 	case errors.As(err, &status):
 		return status.status, e
@@ -177,15 +200,37 @@ func explain(err error) (int, api.Error) {
 
 const domainPath = "/v1/domains/"
 
+// resources are what a domain has behind its name.
+var resources = []string{"/level", "/log"}
+
+// split splits the path of a domain. A slash within its name is one that the
+// client has escaped.
+func split(u *url.URL) (domain, resource string) {
+	domain = strings.TrimPrefix(u.Path, domainPath)
+	for _, r := range resources {
+		if strings.HasSuffix(u.EscapedPath(), r) && strings.HasSuffix(domain, r) {
+			return strings.TrimSuffix(domain, r), r
+		}
+	}
+	return domain, ""
+}
+
 // methods tells what a path can be asked for; nil when there is no such path.
-func methods(path string) []string {
-	switch {
-	case path == "/v1/status", path == "/v1/domains", path == "/v1/report", strings.HasPrefix(path, domainPath):
-		return []string{http.MethodGet, http.MethodHead}
-	case path == "/v1/collection":
+func methods(u *url.URL) []string {
+	read := []string{http.MethodGet, http.MethodHead}
+	switch u.Path {
+	case "/v1/status", "/v1/domains", "/v1/report":
+		return read
+	case "/v1/collection":
 		return []string{http.MethodPut}
 	}
-	return nil
+	if !strings.HasPrefix(u.Path, domainPath) {
+		return nil
+	}
+	if _, resource := split(u); resource == "/level" {
+		return append(read, http.MethodPut)
+	}
+	return read
 }
 
 func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
@@ -195,7 +240,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	default:
 		return nil, fail(http.StatusServiceUnavailable, "too many clients: %d requests are under way", s.options.MaxClients)
 	}
-	allowed := methods(r.URL.Path)
+	allowed := methods(r.URL)
 	switch {
 	case allowed == nil:
 		return nil, fail(http.StatusNotFound, "no such path: %q", r.URL.Path)
@@ -204,8 +249,12 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	case r.Method != http.MethodPut && r.ContentLength != 0:
 		return nil, fail(http.StatusBadRequest, "method %s takes no body", r.Method)
 	}
-	if r.URL.Path == "/v1/report" {
+	domain, resource := split(r.URL)
+	switch {
+	case r.URL.Path == "/v1/report":
 		return s.report(w, r)
+	case resource == "/log":
+		return s.log(w, r, domain)
 	}
 	if r.URL.RawQuery != "" {
 		return nil, fail(http.StatusBadRequest, "%s takes no parameters: %q", r.URL.Path, r.URL.RawQuery)
@@ -218,8 +267,10 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	case "/v1/collection":
 		return s.collection(w, r)
 	}
-	// What follows is the name, whatever it contains: the path is decoded.
-	d, err := api.Find(s.backend.Domains().Domains, strings.TrimPrefix(r.URL.Path, domainPath))
+	if resource == "/level" {
+		return s.level(w, r, domain)
+	}
+	d, err := api.Find(s.backend.Domains().Domains, domain)
 	if err != nil {
 		return nil, err
 	}
@@ -245,17 +296,106 @@ func (s *Server) report(w http.ResponseWriter, r *http.Request) (any, error) {
 	return report, nil
 }
 
-func (s *Server) collection(w http.ResponseWriter, r *http.Request) (any, error) {
+// admin decodes the body of a request by who may change things.
+func admin[T any](s *Server, w http.ResponseWriter, r *http.Request, decode func(io.Reader) (T, error)) (T, error) {
+	var none T
 	if err := s.mayAdmin(r.Context()); err != nil {
-		return nil, fail(http.StatusForbidden, "%w", err)
+		return none, fail(http.StatusForbidden, "%w", err)
 	}
-	c, err := decodeCollection(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := decode(http.MaxBytesReader(w, r.Body, maxBody))
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
-		return nil, fail(http.StatusRequestEntityTooLarge, "body is longer than %d bytes", tooLarge.Limit)
+		return none, fail(http.StatusRequestEntityTooLarge, "body is longer than %d bytes", tooLarge.Limit)
 	}
 	if err != nil {
+		return none, fail(http.StatusBadRequest, "%w", err)
+	}
+	return body, nil
+}
+
+func (s *Server) level(w http.ResponseWriter, r *http.Request, domain string) (any, error) {
+	var answer api.DomainLevel
+	var err error
+	if r.Method == http.MethodPut {
+		var level *string
+		if level, err = admin(s, w, r, decodeLevel); err != nil {
+			return nil, err
+		}
+		answer, err = s.backend.SetDomainLevel(domain, level)
+	} else {
+		answer, err = s.backend.DomainLevel(domain)
+	}
+	if err != nil {
+		return nil, err
+	}
+	answer.Schema = api.Schema
+	return answer, nil
+}
+
+func (s *Server) log(w http.ResponseWriter, r *http.Request, domain string) (any, error) {
+	q, follow, err := parseLog(r.URL.RawQuery)
+	if err != nil {
 		return nil, fail(http.StatusBadRequest, "%w", err)
+	}
+	if !follow {
+		log, err := s.backend.Log(domain, q)
+		if err != nil {
+			return nil, err
+		}
+		log.Schema = api.Schema
+		if log.Exits == nil {
+			log.Exits = []api.LoggedExit{}
+		}
+		return log, nil
+	}
+	if r.Method == http.MethodHead {
+		return nil, fail(http.StatusBadRequest, "method HEAD cannot follow")
+	}
+	out := http.NewResponseController(w)
+	// As for a report. That the client has gone still ends the context.
+	if err := out.SetReadDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	begun := false
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	write := func(lines []api.LogLine) error {
+		if !begun {
+			begun = true
+			head(w, "application/x-ndjson")
+			lines[0].Schema = api.Schema
+		}
+		// A client that is this slow for some lines is not waited for.
+		for some := range slices.Chunk(lines, 256) {
+			if err := out.SetWriteDeadline(time.Now().Add(s.writeTimeout)); err != nil {
+				return err
+			}
+			for i := range some {
+				if err := enc.Encode(&some[i]); err != nil {
+					return err
+				}
+			}
+			if err := out.Flush(); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	err = s.backend.Follow(r.Context(), domain, q, write)
+	if !begun {
+		return nil, err
+	}
+	if err != nil {
+		_, e := explain(err)
+		write([]api.LogLine{{Error: e.Message}}) // the client may be why
+	}
+	return nil, nil
+}
+
+func (s *Server) collection(w http.ResponseWriter, r *http.Request) (any, error) {
+	c, err := admin(s, w, r, decodeCollection)
+	if err != nil {
+		return nil, err
 	}
 	status, err := s.backend.SetCollection(c)
 	if err != nil {

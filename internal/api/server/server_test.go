@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -36,7 +37,57 @@ type fakeBackend struct {
 	set     atomic.Pointer[api.Collection]
 	setErr  error
 	entered chan struct{} // if not nil, a report over an interval says here that it waits
-	left    atomic.Int32  // reports that were cut short
+	left    atomic.Int32  // reports and logs that were cut short
+
+	level atomic.Pointer[api.DomainLevel] // that was set
+	query atomic.Pointer[api.LogQuery]
+	lines chan []api.LogLine // followed, until it is closed
+}
+
+func (b *fakeBackend) DomainLevel(domain string) (api.DomainLevel, error) {
+	d, err := api.Find(b.domains, domain)
+	if err != nil {
+		return api.DomainLevel{}, err
+	}
+	if !d.Running() {
+		return api.DomainLevel{}, &api.ConflictError{Reason: "not running"}
+	}
+	if l := b.level.Load(); l != nil {
+		return *l, nil
+	}
+	return api.DomainLevel{Domain: d.Name, Level: ptr("time"), Default: true}, nil
+}
+
+func (b *fakeBackend) SetDomainLevel(domain string, level *string) (api.DomainLevel, error) {
+	b.level.Store(&api.DomainLevel{Domain: domain, Level: level, Default: level == nil})
+	return b.DomainLevel(domain)
+}
+
+func (b *fakeBackend) Log(domain string, q api.LogQuery) (api.Log, error) {
+	b.query.Store(&q)
+	_, err := b.DomainLevel(domain)
+	return api.Log{Domain: domain, Logged: 5, Overrun: 2}, err
+}
+
+func (b *fakeBackend) Follow(ctx context.Context, domain string, q api.LogQuery, write func([]api.LogLine) error) error {
+	b.query.Store(&q)
+	if _, err := b.DomainLevel(domain); err != nil {
+		return err
+	}
+	lines := []api.LogLine{{Domain: domain}}
+	for open := true; open; {
+		if err := write(lines); err != nil {
+			b.left.Add(1)
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			b.left.Add(1)
+			return ctx.Err()
+		case lines, open = <-b.lines:
+		}
+	}
+	return b.setErr
 }
 
 func (b *fakeBackend) Status() api.Status   { return b.status }
@@ -161,6 +212,27 @@ func TestRoundTrip(t *testing.T) {
 			}
 		}
 	})
+	t.Run("every name leads to its level and log", func(t *testing.T) {
+		for _, name := range append([]string{"a/level", "log", "level/log", "x/log/level"}, uglyNames...) {
+			b := newBackend()
+			b.domains = append(b.domains, api.Domain{Name: name, TGID: 5000})
+			if slices.Contains(uglyNames, name) {
+				b.domains = newBackend().domains
+			}
+			path, stop := start(t, New(b, Options{}))
+			c := client.New(path)
+			if l, err := c.DomainLevel(ctx, name); err != nil || l.Domain != name || l.Schema != api.Schema || *l.Level != "time" || !l.Default {
+				t.Errorf("%q: level %+v, %v", name, l, err)
+			}
+			if l, err := c.Log(ctx, name, api.LogQuery{}); err != nil || l.Domain != name || l.Schema != api.Schema || l.Exits == nil || l.Overrun != 2 {
+				t.Errorf("%q: log %+v, %v", name, l, err)
+			}
+			if d, err := c.Domain(ctx, name); err != nil || d.Name != name {
+				t.Errorf("%q: %v, %v", name, d.Name, err)
+			}
+			stop()
+		}
+	})
 	t.Run("id and uuid", func(t *testing.T) {
 		for _, name := range []string{"10", "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"} {
 			if d, err := c.Domain(ctx, name); err != nil || d.Name != "ten" {
@@ -259,6 +331,16 @@ func TestRawRequests(t *testing.T) {
 		{name: "empty body", request: put(""), status: 400, error: "bad body: EOF"},
 		{name: "bad JSON", request: put("{"), status: 400, error: "bad body: unexpected EOF"},
 		{name: "unknown key", request: put(`{"x":1}`), status: 400, error: `bad body: json: unknown field "x"`},
+		{name: "level", request: get("/v1/domains/two/level"), status: 200},
+		{name: "level of who does not run", request: get("/v1/domains/alpha/level"), status: 409, error: "not running"},
+		{name: "level of nobody", request: get("/v1/domains/nobody/level"), status: 404, error: "failed to get domain 'nobody'"},
+		{name: "level of nothing", request: get("/v1/domains//level"), status: 404, error: "failed to get domain ''"},
+		{name: "log", request: get("/v1/domains/two/log?limit=3&vcpu=0&reason=hlt"), status: 200},
+		{name: "log with a bad limit", request: get("/v1/domains/ten/log?limit=0"), status: 400, error: `parameter limit="0"`},
+		{name: "log of who does not run, followed", request: get("/v1/domains/alpha/log?follow"), status: 409, error: "not running"},
+		{name: "post to a level", request: "POST /v1/domains/ten/level HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", status: 405, error: "method POST is not allowed on /v1/domains/ten/level", allow: "GET, HEAD, PUT"},
+		{name: "put to a log", request: "PUT /v1/domains/ten/log HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", status: 405, error: "method PUT is not allowed on /v1/domains/ten/log", allow: "GET, HEAD"},
+		{name: "put of a bad level", request: "PUT /v1/domains/ten/level HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n{\"level\":\"loud\"}", status: 400, error: `level is "loud"`},
 		{name: "huge body", request: put(`{"collection":"` + strings.Repeat("x", 1<<20)), status: 413, error: "body is longer than 4096 bytes"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -347,6 +429,15 @@ func TestBackendErrors(t *testing.T) {
 	}
 	if got := b.set.Load(); got == nil || *got != (api.Collection{Collection: "on", Level: "count"}) {
 		t.Errorf("the backend got %+v", got)
+	}
+	if l, err := c.SetDomainLevel(t.Context(), "ten", ptr("recent")); err != nil || l.Schema != api.Schema || *l.Level != "recent" {
+		t.Errorf("level %+v, %v", l, err)
+	}
+	if l, err := c.SetDomainLevel(t.Context(), "ten", nil); err != nil || !l.Default {
+		t.Errorf("level taken back: %+v, %v", l, err)
+	}
+	if _, err := c.SetDomainLevel(t.Context(), "ten", ptr("loud")); !errors.As(err, &refused) || refused.Status != 400 {
+		t.Errorf("unknown level: %v", err)
 	}
 	b.domains = []api.Domain{{Name: "nan", Rate: math.NaN()}}
 	if _, err = c.Domains(t.Context()); !errors.As(err, &refused) || refused.Status != 500 {
@@ -439,6 +530,8 @@ func TestAdmin(t *testing.T) {
 				error   string
 			}{
 				{"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n", 200, ""},
+				{"GET /v1/domains/ten/level HTTP/1.1\r\nHost: x\r\n\r\n", 200, ""},
+				{"PUT /v1/domains/ten/level HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{\"level\":\"off\"}", tt.status, tt.error},
 				{"PUT /v1/collection HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{\"collection\":\"off\"}", tt.status, tt.error},
 			} {
 				c, err := as(tt.uid, tt.gid, tt.groups, path)
@@ -460,6 +553,9 @@ func TestAdmin(t *testing.T) {
 				if resp.StatusCode != step.status || e.Message != step.error {
 					t.Errorf("%.10s: status %d, error %q; want %d, %q", step.request, resp.StatusCode, e.Message, step.status, step.error)
 				}
+			}
+			if set := b.level.Load() != nil; set != (tt.status == 200) {
+				t.Errorf("level set: %v", set)
 			}
 			if switched := b.set.Load() != nil; switched != (tt.status == 200) {
 				t.Errorf("switched: %v", switched)
@@ -505,6 +601,132 @@ func TestSlowClients(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// following opens a log and returns its body once it has begun.
+func following(t *testing.T, path string) net.Conn {
+	t.Helper()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	if _, err := io.WriteString(c, "GET /v1/domains/ten/log?follow HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestFollow(t *testing.T) {
+	b := newBackend()
+	b.lines = make(chan []api.LogLine)
+	s := New(b, Options{})
+	s.readTimeout = 100 * time.Millisecond // it is no limit to a log
+	path, _ := start(t, s)
+	exit := api.LoggedExit{Time: time.Unix(1e9, 7).UTC(), VCPU: 3, ISA: "svm", Code: 0x78, Reason: "hlt", RIP: "0xffffffffffffffff"}
+	var many []api.LogLine
+	for range 1000 {
+		many = append(many, api.LogLine{LoggedExit: &exit})
+	}
+	go func() {
+		b.lines <- []api.LogLine{{LoggedExit: &exit}, {Overrun: 9}}
+		time.Sleep(300 * time.Millisecond)
+		b.lines <- many
+		close(b.lines)
+	}()
+	b.setErr = errors.New("collector gone")
+	var got []api.LogLine
+	query := api.LogQuery{VCPU: ptr(3), Reason: "a b", Limit: 4}
+	err := client.New(path).Follow(t.Context(), "ten", query, func(l api.LogLine) error {
+		got = append(got, l)
+		return nil
+	})
+	var refused *client.StatusError
+	if !errors.As(err, &refused) || refused.Message != "collector gone" {
+		t.Errorf("error %v", err)
+	}
+	want := append([]api.LogLine{{Schema: api.Schema, Domain: "ten"}, {LoggedExit: &exit}, {Overrun: 9}}, many...)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("lines (-want +got)\n%s", diff)
+	}
+	if diff := cmp.Diff(&query, b.query.Load()); diff != "" {
+		t.Errorf("query (-want +got)\n%s", diff)
+	}
+}
+
+// The end of a domain is the end of its log, and of nothing else.
+func TestFollowToTheEnd(t *testing.T) {
+	b := newBackend()
+	b.lines = make(chan []api.LogLine)
+	close(b.lines)
+	path, _ := start(t, New(b, Options{}))
+	c := client.New(path)
+	if err := c.Follow(t.Context(), "ten", api.LogQuery{}, func(api.LogLine) error { return nil }); err != nil {
+		t.Error(err)
+	}
+	full := errors.New("full")
+	if err := c.Follow(t.Context(), "ten", api.LogQuery{}, func(api.LogLine) error { return full }); err != full {
+		t.Errorf("error %v, want %v", err, full)
+	}
+	var notFound *api.NotFoundError
+	if err := c.Follow(t.Context(), "nobody", api.LogQuery{}, nil); !errors.As(err, &notFound) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// Who goes away or does not read holds nobody.
+func TestFollowersLeave(t *testing.T) {
+	b := newBackend()
+	b.lines = make(chan []api.LogLine)
+	s := New(b, Options{MaxClients: 1})
+	s.writeTimeout = 100 * time.Millisecond
+	path, _ := start(t, s)
+	left := func(n int32) {
+		t.Helper()
+		for end := time.Now().Add(10 * time.Second); b.left.Load() != n; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d have left, want %d", b.left.Load(), n)
+			}
+		}
+	}
+	following(t, path).Close()
+	left(1)
+
+	// The socket's buffers fill up.
+	exit := api.LoggedExit{Reason: strings.Repeat("x", 1<<20)}
+	following(t, path)
+	for range 1000 {
+		if b.left.Load() == 2 {
+			break
+		}
+		select {
+		case b.lines <- []api.LogLine{{LoggedExit: &exit}}:
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	left(2)
+	if _, err := client.New(path).Status(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestFollowShutdown(t *testing.T) {
+	b := newBackend()
+	b.lines = make(chan []api.LogLine)
+	path, stop := start(t, New(b, Options{}))
+	done := make(chan error)
+	begun := make(chan struct{})
+	go func() {
+		done <- client.New(path).Follow(t.Context(), "ten", api.LogQuery{}, func(api.LogLine) error { close(begun); return nil })
+	}()
+	<-begun
+	if err := stop(); err != nil {
+		t.Errorf("Serve: %v", err)
+	}
+	var refused *client.StatusError
+	if err := <-done; !errors.As(err, &refused) || refused.Message != "virtexitd is stopping" {
+		t.Errorf("log being followed: %v", err)
+	}
 }
 
 func TestTooManyClients(t *testing.T) {

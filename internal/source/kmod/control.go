@@ -66,14 +66,14 @@ func parseInfo(attrs []byte) (source.Info, error) {
 	switch {
 	case version != abi.ABI:
 		return source.Info{}, abiError(version)
-	case level > abi.LevelTime:
+	case level > abi.LevelRecent:
 		return source.Info{}, fmt.Errorf("level is %d", level)
 	case int(hook) >= len(hooks):
 		return source.Info{}, fmt.Errorf("hook is %d", hook)
 	case isa > abi.ISASVM:
 		return source.Info{}, fmt.Errorf("isa is %d", isa)
 	}
-	info.Level = source.Level(level)
+	info.Level = snapshot.Level(level)
 	info.Hook = hooks[hook]
 	info.ISA = exitreason.ISA(isa)
 	return info, nil
@@ -127,9 +127,20 @@ func parseEvent(command uint8, attrs []byte) source.Event {
 }
 
 // leaseRequest holds the attributes of LEASE.
-func leaseRequest(level source.Level) ([]byte, error) {
+func leaseRequest(level snapshot.Level) ([]byte, error) {
 	ae := netlink.NewAttributeEncoder()
 	ae.Uint32(abi.AttrLevel, uint32(level))
+	return ae.Encode()
+}
+
+// levelRequest holds the attributes of LEVEL.
+func levelRequest(p snapshot.Process, level *snapshot.Level) ([]byte, error) {
+	ae := netlink.NewAttributeEncoder()
+	ae.Uint32(abi.AttrTGID, uint32(p.TGID))
+	ae.Uint64(abi.AttrStartTime, p.Start)
+	if level != nil {
+		ae.Uint32(abi.AttrLevel, uint32(*level))
+	}
 	return ae.Encode()
 }
 
@@ -158,14 +169,16 @@ func releaseRequests(ids []snapshot.SlotID) ([][]byte, error) {
 // do about it, with the kernel's own words where it gave some.
 func refusal(err error) error {
 	var op *netlink.OpError
+	explained := false // by the module, which thus is there
 	if errors.As(err, &op) {
 		err = op.Err
 		if op.Message != "" {
 			err = fmt.Errorf("%s (%w)", op.Message, err)
+			explained = true
 		}
 	}
 	switch {
-	case errors.Is(err, unix.ENOENT): // generic netlink knows no such family
+	case errors.Is(err, unix.ENOENT) && !explained: // generic netlink knows no such family
 		return fmt.Errorf("%w: %w", source.ErrGone, err)
 	case errors.Is(err, unix.ESTALE):
 		return fmt.Errorf("%w: %w", source.ErrStale, err)

@@ -53,7 +53,7 @@ func TestParseInfo(t *testing.T) {
 				ae.Flag(abi.AttrKVM, true)
 			},
 			want: source.Info{
-				Collector: "kmod", Version: "0.1.0", Hook: "tracepoint", Level: source.Time, ISA: exitreason.SVM, KVM: true,
+				Collector: "kmod", Version: "0.1.0", Hook: "tracepoint", Level: snapshot.Time, ISA: exitreason.SVM, KVM: true,
 				SlotsMax: 8192, SlotsLive: 3, SlotsRetired: 2, SlotsBacked: 64, Leases: 1,
 			},
 		},
@@ -148,13 +148,43 @@ func TestParseEvent(t *testing.T) {
 }
 
 func TestLeaseRequest(t *testing.T) {
-	got, err := leaseRequest(source.Time)
+	got, err := leaseRequest(snapshot.Time)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := encode(t, func(ae *netlink.AttributeEncoder) { ae.Uint32(abi.AttrLevel, abi.LevelTime) })
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("request (-want +got):\n%s", diff)
+	}
+}
+
+func TestLevelRequest(t *testing.T) {
+	p := snapshot.Process{TGID: 100, Start: 1 << 40}
+	of := func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(abi.AttrTGID, 100)
+		ae.Uint64(abi.AttrStartTime, 1<<40)
+	}
+	level := snapshot.Recent
+	for _, tt := range []struct {
+		name  string
+		level *snapshot.Level
+		want  func(*netlink.AttributeEncoder)
+	}{
+		{"taken back", nil, of},
+		{"wished for", &level, func(ae *netlink.AttributeEncoder) {
+			of(ae)
+			ae.Uint32(abi.AttrLevel, abi.LevelRecent)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := levelRequest(p, tt.level)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(encode(t, tt.want), got); diff != "" {
+				t.Errorf("request (-want +got):\n%s", diff)
+			}
+		})
 	}
 }
 
@@ -221,6 +251,7 @@ func TestRefusal(t *testing.T) {
 		{"stale", kernel(unix.ESTALE, "slot 5 is live"), source.ErrStale, "slot not retired: slot 5 is live (stale file handle)"},
 		{"not permitted", kernel(unix.EPERM, ""), os.ErrPermission, "CAP_NET_ADMIN is needed in the initial user namespace: operation not permitted"},
 		{"refused", kernel(unix.EINVAL, "no level given"), unix.EINVAL, "no level given (invalid argument)"},
+		{"no lease", kernel(unix.ENOENT, "the socket holds no lease"), unix.ENOENT, "the socket holds no lease (no such file or directory)"},
 		{"send", &netlink.OpError{Op: "send", Err: os.NewSyscallError("sendmsg", unix.ENOMEM)}, unix.ENOMEM, "sendmsg: cannot allocate memory"},
 		{"not the kernel's", os.ErrClosed, os.ErrClosed, os.ErrClosed.Error()},
 	}
@@ -260,7 +291,7 @@ func FuzzAttributes(f *testing.F) {
 		ae.Flag(abi.AttrKVM, true)
 	}))
 	f.Fuzz(func(t *testing.T, command uint8, attrs []byte) {
-		if info, err := parseInfo(attrs); err == nil && (info.Level > source.Time || info.Hook == "") {
+		if info, err := parseInfo(attrs); err == nil && (info.Level > snapshot.Recent || info.Hook == "") {
 			t.Errorf("info makes no sense: %+v", info)
 		}
 		if e := parseEvent(command, attrs); e.Kind < source.VCPUNew || e.Kind > source.Lost {

@@ -130,7 +130,7 @@ func mapDevice(path string) (mapping []byte, m *memory, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("map %d bytes: %w", size, err)
 	}
-	if m, err = newMemory(mapping); err != nil {
+	if m, err = newMemory(mapping, hostClock()); err != nil {
 		return nil, nil, errors.Join(err, unix.Munmap(mapping))
 	}
 	return mapping, m, nil
@@ -159,11 +159,14 @@ func (s *Source) info() (source.Info, error) {
 	if err != nil {
 		return source.Info{}, fmt.Errorf("get: %w", err)
 	}
+	if s.memory != nil { // open asks before it maps
+		info.ExitCost, info.EntryCost = s.memory.cost()
+	}
 	return info, nil
 }
 
 // SetLevel takes, changes or gives up the lease.
-func (s *Source) SetLevel(level source.Level) error {
+func (s *Source) SetLevel(level snapshot.Level) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -177,6 +180,37 @@ func (s *Source) SetLevel(level source.Level) error {
 		return fmt.Errorf("lease of level %d: %w", level, err)
 	}
 	return nil
+}
+
+// SetProcessLevel gives the lease a level for one process.
+func (s *Source) SetProcessLevel(p snapshot.Process, level *snapshot.Level) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return os.ErrClosed
+	}
+	attrs, err := levelRequest(p, level)
+	if err != nil {
+		return err
+	}
+	if _, err := s.execute(abi.CmdLevel, attrs, netlink.Request|netlink.Acknowledge); err != nil {
+		return fmt.Errorf("level of process %d: %w", p.TGID, err)
+	}
+	return nil
+}
+
+// Recent reads the shared memory and makes no system call.
+func (s *Source) Recent(id snapshot.SlotID, from uint64) ([]snapshot.Exit, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, os.ErrClosed
+	}
+	exits, err := s.memory.readRecent(id, from)
+	if err != nil {
+		return nil, fmt.Errorf("recent exits from %s: %w", device, err)
+	}
+	return exits, nil
 }
 
 // Snapshot reads the shared memory and makes no system call.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"unsafe"
@@ -14,12 +15,16 @@ import (
 	"virtexit/internal/abi"
 	"virtexit/internal/exitreason"
 	"virtexit/internal/snapshot"
+	"virtexit/internal/source"
 )
 
 const (
 	headerSize = int(unsafe.Sizeof(abi.Header{}))
 	cpuSize    = int(unsafe.Sizeof(abi.CPU{}))
 	slotSize   = int(unsafe.Sizeof(abi.Slot{}))
+	rowSize    = int(unsafe.Sizeof(abi.Row{}))
+	recentSize = int(unsafe.Sizeof(abi.Recent{}))
+	rowsOffset = int(unsafe.Offsetof(abi.Slot{}.Rows))
 )
 
 // attempts bounds how often something is read again because it changed
@@ -27,12 +32,19 @@ const (
 // seldom hits once.
 const attempts = 100
 
+// tries bounds how often a slot is copied because its thread exited or entered
+// the guest meanwhile. That may happen each time; the last copy is then used,
+// whose times may be off by one stretch.
+const tries = 4
+
 // memory is the device's mapping. The kernel writes it while it is read, so
 // whatever changes is loaded by atomic operations.
 type memory struct {
 	header *abi.Header
 	cpus   []abi.CPU
-	slots  []abi.Slot // those not backed must not be touched
+	slots  []abi.Slot   // those not backed must not be touched
+	recent []abi.Recent // of each slot; without has_recent it must not be touched
+	clock  clock
 }
 
 // mappingSize checks a header and tells how long the whole mapping is.
@@ -45,7 +57,7 @@ func mappingSize(page []byte) (int, error) {
 	}
 	h := (*abi.Header)(unsafe.Pointer(&page[0]))
 	const align = int(unsafe.Alignof(abi.Slot{}))
-	cpus, slots := int(h.CPUOffset), int(h.SlotOffset)
+	cpus, slots, recent := int(h.CPUOffset), int(h.SlotOffset), int(h.RecentOffset)
 	switch {
 	case h.Magic != abi.Magic:
 		return 0, fmt.Errorf("magic number is %#x, want %#x", h.Magic, uint32(abi.Magic))
@@ -53,15 +65,18 @@ func mappingSize(page []byte) (int, error) {
 		return 0, abiError(h.ABI)
 	case int(h.SlotSize) != slotSize:
 		return 0, fmt.Errorf("slot size is %d, want %d", h.SlotSize, slotSize)
+	case int(h.RecentSize) != recentSize:
+		return 0, fmt.Errorf("size of recent exits is %d, want %d", h.RecentSize, recentSize)
 	case h.TSCKHz == 0:
 		return 0, errors.New("rate of the clock is 0")
 	case cpus < headerSize || cpus%align != 0:
 		return 0, fmt.Errorf("cpu offset is %d", cpus)
-	// Slots come last: what lies behind the first one may have no memory.
 	case slots < cpus+int(h.NumCPUs)*cpuSize || slots%align != 0:
 		return 0, fmt.Errorf("slot offset is %d, with %d cpus at %d", slots, h.NumCPUs, cpus)
+	case recent < slots+int(h.NumSlots)*slotSize || recent%align != 0:
+		return 0, fmt.Errorf("offset of recent exits is %d, with %d slots at %d", recent, h.NumSlots, slots)
 	}
-	return slots + int(h.NumSlots)*slotSize, nil
+	return recent + int(h.NumSlots)*recentSize, nil
 }
 
 func abiError(got uint32) error {
@@ -70,7 +85,7 @@ func abiError(got uint32) error {
 
 // newMemory checks the mapping's header and finds its parts. mem must stay as
 // long as the result is used.
-func newMemory(mem []byte) (*memory, error) {
+func newMemory(mem []byte, clock clock) (*memory, error) {
 	size, err := mappingSize(mem)
 	if err != nil {
 		return nil, err
@@ -84,7 +99,14 @@ func newMemory(mem []byte) (*memory, error) {
 		header: h,
 		cpus:   unsafe.Slice((*abi.CPU)(unsafe.Add(base, h.CPUOffset)), h.NumCPUs),
 		slots:  unsafe.Slice((*abi.Slot)(unsafe.Add(base, h.SlotOffset)), h.NumSlots),
+		recent: unsafe.Slice((*abi.Recent)(unsafe.Add(base, h.RecentOffset)), h.NumSlots),
+		clock:  clock,
 	}, nil
+}
+
+// cost is, in cycles, what the hook takes at an exit and at an entry.
+func (m *memory) cost() (exit, entry int) {
+	return int(atomic.LoadUint32(&m.header.ExitCost)), int(atomic.LoadUint32(&m.header.EntryCost))
 }
 
 // snapshot reads everything.
@@ -108,23 +130,34 @@ func (m *memory) snapshot() (*snapshot.Snapshot, error) {
 	return nil, fmt.Errorf("slots were released at each of %d attempts to read", attempts)
 }
 
+func (m *memory) tickHz() uint64 { return uint64(m.header.TSCKHz) * 1000 }
+
 func (m *memory) readAll() (*snapshot.Snapshot, error) {
 	s := &snapshot.Snapshot{
-		TickHz:   uint64(m.header.TSCKHz) * 1000,
+		TickHz:   m.tickHz(),
+		Counted:  atomic.LoadUint64(&m.header.Counted),
 		Released: atomic.LoadUint64(&m.header.Released),
 	}
-	backed := int(atomic.LoadUint32(&m.header.SlotsBacked))
-	if backed > len(m.slots) {
-		return nil, fmt.Errorf("%d slots have memory, of %d", backed, len(m.slots))
+	if since, now := atomic.LoadUint64(&m.header.CountedSince), m.clock.boot(); since != 0 && now > since {
+		s.Counted += now - since
 	}
-	for i := range m.slots[:backed] {
-		slot, err := readSlot(&m.slots[i])
+	backed, err := m.backed()
+	if err != nil {
+		return nil, err
+	}
+	var slot snapshot.Slot
+	for i := range backed {
+		used, err := m.readSlot(&backed[i], &slot)
 		if err != nil {
 			return nil, fmt.Errorf("slot %d: %w", i, err)
 		}
-		if slot != nil {
+		if used {
+			if s.Slots == nil {
+				s.Slots = make([]snapshot.Slot, 0, len(backed)-i)
+			}
 			slot.ID.Index = uint32(i)
-			s.Slots = append(s.Slots, *slot)
+			s.Slots = append(s.Slots, slot)
+			slot.Rows = nil // they are the snapshot's
 		}
 	}
 	for i := range m.cpus {
@@ -134,56 +167,90 @@ func (m *memory) readAll() (*snapshot.Snapshot, error) {
 	return s, nil
 }
 
-// readSlot copies one use of a slot, all but its index; nil when it is free.
-func readSlot(p *abi.Slot) (*snapshot.Slot, error) {
+// backed are the slots that have memory.
+func (m *memory) backed() ([]abi.Slot, error) {
+	n := int(atomic.LoadUint32(&m.header.SlotsBacked))
+	if n > len(m.slots) {
+		return nil, fmt.Errorf("%d slots have memory, of %d", n, len(m.slots))
+	}
+	return m.slots[:n], nil
+}
+
+// readSlot copies one use of a slot, all but its index, to s. A slot that is
+// free is not used.
+func (m *memory) readSlot(p *abi.Slot, s *snapshot.Slot) (used bool, err error) {
 	for range attempts {
 		generation := atomic.LoadUint32(&p.Generation)
 		state := atomic.LoadUint32(&p.State)
 		if state == abi.Free {
-			return nil, nil
+			return false, nil
 		}
-		s, err := copySlot(p)
+		err := m.copySlot(p, s)
 		if atomic.LoadUint32(&p.Generation) != generation {
 			continue // the copy is of two uses, and so may be the error
 		}
 		if err != nil {
-			return nil, err
+			return false, err
 		}
 		switch state {
 		case abi.Live:
 		case abi.Retired:
 			s.Retired = true
 		default:
-			return nil, fmt.Errorf("state is %d", state)
+			return false, fmt.Errorf("state is %d", state)
 		}
 		s.ID.Generation = generation
-		return s, nil
+		return true, nil
 	}
-	return nil, fmt.Errorf("it was reused at each of %d attempts to read", attempts)
+	return false, fmt.Errorf("it was reused at each of %d attempts to read", attempts)
 }
 
-func copySlot(p *abi.Slot) (*snapshot.Slot, error) {
+func (m *memory) copySlot(p *abi.Slot, s *snapshot.Slot) error {
+	for range tries {
+		// First of all: what has begun later began after now, and no stretch
+		// is longer than it will have been when it ends.
+		now := m.clock.tsc()
+		present := readStretch(p)
+		if err := copyCounters(p, s); err != nil {
+			return err
+		}
+		s.Times = times(p, s)
+		present.add(s, now)
+		// The thread updates its sums and then this: where nothing has changed
+		// the stretch is not in the sums yet.
+		if readStretch(p) == present {
+			break
+		}
+	}
+	return nil
+}
+
+func copyCounters(p *abi.Slot, s *snapshot.Slot) error {
 	isa := exitreason.ISA(atomic.LoadUint32(&p.ISA))
 	rows := atomic.LoadUint32(&p.NumRows)
+	level := snapshot.Level(atomic.LoadUint32(&p.Level))
 	switch {
 	case isa > exitreason.SVM:
-		return nil, fmt.Errorf("isa is %d", uint32(isa))
+		return fmt.Errorf("isa is %d", uint32(isa))
 	case rows > abi.NumRows:
-		return nil, fmt.Errorf("%d rows, of %d", rows, abi.NumRows)
+		return fmt.Errorf("%d rows, of %d", rows, abi.NumRows)
+	case level > snapshot.Recent:
+		return fmt.Errorf("level is %d", level)
 	}
-	s := &snapshot.Slot{
+	*s = snapshot.Slot{
 		Process: snapshot.Process{
 			TGID:  int(atomic.LoadUint32(&p.TGID)),
 			Start: atomic.LoadUint64(&p.TGIDStartTime),
 		},
-		Comm:      text(p.Comm),
-		TID:       int(atomic.LoadUint32(&p.TID)),
-		Start:     atomic.LoadUint64(&p.StartTime),
-		VCPU:      int(atomic.LoadUint32(&p.VCPUID)),
-		ISA:       isa,
-		Since:     atomic.LoadUint64(&p.Since),
-		GuestTime: atomic.LoadUint64(&p.GuestTime),
-		Rows:      make([]snapshot.Row, rows),
+		Comm:   text(p.Comm),
+		TID:    int(atomic.LoadUint32(&p.TID)),
+		Start:  atomic.LoadUint64(&p.StartTime),
+		VCPU:   int(atomic.LoadUint32(&p.VCPUID)),
+		ISA:    isa,
+		Since:  atomic.LoadUint64(&p.Since),
+		Level:  level,
+		Recent: atomic.LoadUint64(&p.RecentHead),
+		Rows:   slices.Grow(s.Rows[:0], int(rows))[:rows],
 	}
 	for i := range s.Rows {
 		from, to := &p.Rows[i], &s.Rows[i]
@@ -191,12 +258,131 @@ func copySlot(p *abi.Slot) (*snapshot.Slot, error) {
 		to.Other = atomic.LoadUint32(&from.Flags)&abi.RowOther != 0
 		to.Count = atomic.LoadUint64(&from.Count)
 		to.Time = atomic.LoadUint64(&from.Time)
+		to.User = min(to.Time, atomic.LoadUint64(&from.UserTime)) // one may be a step ahead
 		to.Max = atomic.LoadUint64(&from.Max)
 		for j := range to.Hist {
 			to.Hist[j] = atomic.LoadUint64(&from.Hist[j])
 		}
 	}
-	return s, nil
+	return nil
+}
+
+// times are those of the stretches that have ended.
+func times(p *abi.Slot, s *snapshot.Slot) snapshot.Times {
+	t := snapshot.Times{
+		Guest:   atomic.LoadUint64(&p.GuestTime),
+		Poll:    atomic.LoadUint64(&p.PollTime),
+		Halted:  atomic.LoadUint64(&p.HaltedTime),
+		Wait:    atomic.LoadUint64(&p.WaitTime),
+		Outside: atomic.LoadUint64(&p.OutsideTime),
+	}
+	for i := range s.Rows {
+		r := &s.Rows[i]
+		t.User += r.User
+		t.KVM += r.Time - r.User
+	}
+	return t
+}
+
+// stretch is what a thread is at.
+type stretch struct {
+	tsc         uint64 // when it began
+	open, doing uint32
+}
+
+func readStretch(p *abi.Slot) stretch {
+	return stretch{atomic.LoadUint64(&p.TSC), atomic.LoadUint32(&p.Open), atomic.LoadUint32(&p.Doing)}
+}
+
+// add adds the stretch to one of the slot's times. Its end adds it for good, and
+// may then find that a part of it belongs to others.
+func (at stretch) add(s *snapshot.Slot, now uint64) {
+	if now <= at.tsc {
+		return // at a level that does not time, or a moment ago
+	}
+	length := now - at.tsc
+	if at.open == 0 {
+		s.Times.Guest += length
+		return
+	}
+	row := int(at.open) - rowsOffset
+	if row < 0 || row%rowSize != 0 || row/rowSize >= len(s.Rows) {
+		return
+	}
+	switch at.doing {
+	case abi.InKVM:
+		if r := &s.Rows[row/rowSize]; !r.Other && exitreason.Halts(s.ISA, r.Code) {
+			s.Times.Halted += length
+		} else {
+			s.Times.KVM += length
+		}
+	case abi.InUser:
+		s.Times.User += length
+	case abi.Halted:
+		s.Times.Halted += length
+	case abi.Outside:
+		s.Times.Outside += length
+	}
+}
+
+// readRecent copies what the ring of one use of a slot holds, latest first,
+// down to number from.
+func (m *memory) readRecent(id snapshot.SlotID, from uint64) ([]snapshot.Exit, error) {
+	backed, err := m.backed()
+	if err != nil {
+		return nil, err
+	}
+	if int64(id.Index) >= int64(len(backed)) {
+		return nil, fmt.Errorf("%w: slot %d", source.ErrStale, id.Index)
+	}
+	p := &backed[id.Index]
+	inUse := func() bool {
+		return atomic.LoadUint32(&p.Generation) == id.Generation && atomic.LoadUint32(&p.State) != abi.Free
+	}
+	stale := fmt.Errorf("%w: slot %d, generation %d", source.ErrStale, id.Index, id.Generation)
+	if !inUse() {
+		return nil, stale
+	}
+	if atomic.LoadUint32(&p.HasRecent) == 0 {
+		return nil, nil
+	}
+	ring := &m.recent[id.Index].Exits
+	head := atomic.LoadUint64(&p.RecentHead)
+	if head > abi.NumRecent {
+		from = max(from, head-abi.NumRecent)
+	}
+	if from >= head {
+		return nil, nil
+	}
+	exits := make([]snapshot.Exit, 0, head-from)
+	for number := head; number > from; {
+		number--
+		e := &ring[number%abi.NumRecent]
+		exit := snapshot.Exit{
+			Number:   number,
+			Time:     atomic.LoadUint64(&e.TSC),
+			Duration: atomic.LoadUint64(&e.Cycles),
+			Code:     atomic.LoadUint32(&e.Code),
+			RIP:      atomic.LoadUint64(&e.RIP),
+		}
+		if exit.Duration == abi.Present {
+			exit.Duration, exit.Present = 0, true
+		}
+		exits = append(exits, exit)
+	}
+	// The thread has gone on meanwhile, and may be writing one more.
+	if after := atomic.LoadUint64(&p.RecentHead); after+1 > abi.NumRecent {
+		whole := after + 1 - abi.NumRecent
+		exits = exits[:max(0, int64(head-max(whole, from)))]
+	}
+	if !inUse() {
+		return nil, stale
+	}
+	now := m.clock.now()
+	for i := range exits {
+		exits[i].Time = now.bootTime(exits[i].Time, m.tickHz())
+	}
+	return exits, nil
 }
 
 // text is a process's name, which may hold any bytes.

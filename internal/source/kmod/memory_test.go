@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -28,19 +29,36 @@ type image struct {
 	header *abi.Header
 	cpus   []abi.CPU
 	slots  []abi.Slot
+	recent []abi.Recent
 }
 
+// What the time is.
+const (
+	tscNow  = 1 << 40
+	bootNow = 1 << 41
+)
+
+func testClock() clock {
+	return clock{tsc: func() uint64 { return tscNow }, boot: func() uint64 { return bootNow }}
+}
+
+// openAt is what open holds for a row.
+func openAt(row int) uint32 { return uint32(rowsOffset + row*rowSize) }
+
 func newImage(slots int) *image {
-	const cpus, cpuOffset, slotOffset = 2, 64, 4096
-	im := &image{bytes: aligned(make([]byte, slotOffset+slots*slotSize))}
+	const cpus, cpuOffset, slotOffset = 2, 128, 4096
+	recentOffset := slotOffset + slots*slotSize
+	im := &image{bytes: aligned(make([]byte, recentOffset+slots*recentSize))}
 	base := unsafe.Pointer(&im.bytes[0])
 	im.header = (*abi.Header)(base)
 	im.cpus = unsafe.Slice((*abi.CPU)(unsafe.Add(base, cpuOffset)), cpus)
 	im.slots = unsafe.Slice((*abi.Slot)(unsafe.Add(base, slotOffset)), slots)
+	im.recent = unsafe.Slice((*abi.Recent)(unsafe.Add(base, recentOffset)), slots)
 	*im.header = abi.Header{
 		Magic: abi.Magic, ABI: abi.ABI,
 		CPUOffset: cpuOffset, NumCPUs: cpus,
 		SlotOffset: slotOffset, SlotSize: uint32(slotSize), NumSlots: uint32(slots),
+		RecentOffset: uint32(recentOffset), RecentSize: uint32(recentSize),
 		TSCKHz: 2_000_000, SlotsBacked: uint32(slots),
 	}
 	return im
@@ -55,7 +73,7 @@ func aligned(b []byte) []byte {
 }
 
 func (im *image) snapshot(t *testing.T) *snapshot.Snapshot {
-	m, err := newMemory(im.bytes)
+	m, err := newMemory(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,40 +90,44 @@ func example() *image {
 	im := newImage(4)
 	im.header.SlotsBacked = 3
 	im.header.Released, im.header.ReleasedSlots = 500, 3
+	im.header.Counted, im.header.CountedSince = 4_000_000, bootNow-700
 	im.cpus[0] = abi.CPU{Unattributed: 1, Refused: 2}
 	im.cpus[1] = abi.CPU{Unattributed: 10, Refused: 20}
 	im.slots[0] = abi.Slot{
 		Generation: 7, State: abi.Live,
 		TID: 101, TGID: 100, StartTime: 1001, TGIDStartTime: 1000,
 		VCPUID: 3, ISA: abi.ISASVM, NumRows: 2,
-		Comm:      [abi.CommLen]byte{'q', 'e', 'm', 'u', 0, 'x'},
-		GuestTime: 12345, Since: 2000,
+		Comm:  [abi.CommLen]byte{'q', 'e', 'm', 'u', 0, 'x'},
+		Since: 2000, Level: abi.LevelRecent, RecentHead: 77, TSC: tscNow - 5,
+		GuestTime: 12345, PollTime: 11, HaltedTime: 12, WaitTime: 13, OutsideTime: 14,
 	}
-	im.slots[0].Rows[0] = abi.Row{Code: 0x72, Count: 9, Time: 8000, Max: 6000, Hist: [abi.NumHist]uint64{3, 4, 0, 0, 1}}
+	im.slots[0].Rows[0] = abi.Row{Code: 0x72, Count: 9, Time: 8000, UserTime: 500, Max: 6000, Hist: [abi.NumHist]uint64{3, 4, 0, 0, 1}}
 	im.slots[0].Rows[1] = abi.Row{Code: 5, Flags: abi.RowOther, Count: 1, Hist: [abi.NumHist]uint64{abi.NumHist - 1: 1}}
 	im.slots[0].Rows[2] = abi.Row{Code: 0x78, Count: 1 << 40} // not in use
 	im.slots[1] = abi.Slot{Generation: 8, State: abi.Free, TID: 5, NumRows: 99}
-	im.slots[2] = abi.Slot{Generation: math.MaxUint32, State: abi.Retired, TID: 102, ISA: abi.ISAVMX, Comm: [abi.CommLen]byte([]byte("0123456789abcde\xff"))}
+	im.slots[2] = abi.Slot{Generation: math.MaxUint32, State: abi.Retired, TID: 102, ISA: abi.ISAVMX, TSC: math.MaxInt64, Comm: [abi.CommLen]byte([]byte("0123456789abcde\xff"))}
 	im.slots[3] = abi.Slot{State: abi.Live, TID: 6} // has no memory
 	return im
 }
 
 func exampleSnapshot() *snapshot.Snapshot {
 	return &snapshot.Snapshot{
-		TickHz: 2_000_000_000,
+		TickHz:  2_000_000_000,
+		Counted: 4_000_700,
 		Slots: []snapshot.Slot{{
 			ID:      snapshot.SlotID{Index: 0, Generation: 7},
 			Process: snapshot.Process{TGID: 100, Start: 1000},
-			Comm:    "qemu", TID: 101, Start: 1001, VCPU: 3, ISA: exitreason.SVM, Since: 2000, GuestTime: 12345,
+			Comm:    "qemu", TID: 101, Start: 1001, VCPU: 3, ISA: exitreason.SVM, Since: 2000,
+			Level: snapshot.Recent, Recent: 77,
+			Times: snapshot.Times{Guest: 12350, KVM: 7500, User: 500, Poll: 11, Halted: 12, Wait: 13, Outside: 14},
 			Rows: []snapshot.Row{
-				{Code: 0x72, Count: 9, Time: 8000, Max: 6000, Hist: [snapshot.NumHist]uint64{3, 4, 0, 0, 1}},
+				{Code: 0x72, Count: 9, Time: 8000, User: 500, Max: 6000, Hist: [snapshot.NumHist]uint64{3, 4, 0, 0, 1}},
 				{Code: 5, Other: true, Count: 1, Hist: [snapshot.NumHist]uint64{snapshot.NumHist - 1: 1}},
 			},
 		}, {
 			ID:      snapshot.SlotID{Index: 2, Generation: math.MaxUint32},
 			Retired: true,
 			Comm:    "0123456789abcde\uFFFD", TID: 102, ISA: exitreason.VMX,
-			Rows: []snapshot.Row{},
 		}},
 		Released: 500, Unattributed: 11, Refused: 22,
 	}
@@ -131,7 +153,7 @@ func TestSnapshotAllRows(t *testing.T) {
 // Slots that get memory while the device is open appear.
 func TestSlotsBackedGrows(t *testing.T) {
 	im := example()
-	m, err := newMemory(im.bytes)
+	m, err := newMemory(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,7 +177,7 @@ func TestBadMemory(t *testing.T) {
 		want  string // in the error
 	}{
 		{"empty", func(im *image) { im.bytes = nil }, "0 bytes"},
-		{"short header", func(im *image) { im.bytes = im.bytes[:headerSize-1] }, "55 bytes"},
+		{"short header", func(im *image) { im.bytes = im.bytes[:headerSize-1] }, "bytes, want a header"},
 		{"short", func(im *image) { im.bytes = im.bytes[:len(im.bytes)-1] }, "bytes, want"},
 		{"unaligned", func(im *image) { im.bytes = im.bytes[1:] }, "aligned"},
 		{"magic", func(im *image) { im.header.Magic = 0x1234 }, "0x1234, want 0x54495856"},
@@ -164,22 +186,27 @@ func TestBadMemory(t *testing.T) {
 		{"clock", func(im *image) { im.header.TSCKHz = 0 }, "clock"},
 		{"cpus in the header", func(im *image) { im.header.CPUOffset = 48 }, "cpu offset is 48"},
 		{"cpus unaligned", func(im *image) { im.header.CPUOffset = 68 }, "cpu offset is 68"},
-		{"cpus among slots", func(im *image) { im.header.NumCPUs = 64 }, "64 cpus at 64"},
+		{"cpus among slots", func(im *image) { im.header.NumCPUs = 64 }, "64 cpus at 128"},
 		{"cpus without end", func(im *image) { im.header.NumCPUs = math.MaxUint32 }, "4294967295 cpus"},
 		{"cpus beyond", func(im *image) { im.header.CPUOffset = 1 << 30 }, "slot offset is 4096"},
 		{"slots unaligned", func(im *image) { im.header.SlotOffset = 4097 }, "slot offset is 4097"},
-		{"slots beyond", func(im *image) { im.header.SlotOffset = 1 << 30 }, "bytes, want"},
-		{"slots without end", func(im *image) { im.header.NumSlots = math.MaxUint32 }, "bytes, want"},
+		{"slots beyond", func(im *image) { im.header.SlotOffset = 1 << 30 }, "4 slots at 1073741824"},
+		{"slots without end", func(im *image) { im.header.NumSlots = math.MaxUint32 }, "4294967295 slots at 4096"},
+		{"size of recent exits", func(im *image) { im.header.RecentSize = 64 }, "size of recent exits is 64"},
+		{"recent exits among slots", func(im *image) { im.header.RecentOffset -= 8 }, "4 slots at 4096"},
+		{"recent exits unaligned", func(im *image) { im.header.RecentOffset++ }, "offset of recent exits"},
+		{"recent exits beyond", func(im *image) { im.header.RecentOffset = 1 << 30 }, "bytes, want"},
 		{"more slots with memory than there are", func(im *image) { im.header.SlotsBacked = 5 }, "5 slots have memory, of 4"},
 		{"rows", func(im *image) { im.slots[2].NumRows = 61 }, "slot 2: 61 rows"},
 		{"isa", func(im *image) { im.slots[0].ISA = 3 }, "slot 0: isa is 3"},
+		{"level", func(im *image) { im.slots[0].Level = 5 }, "slot 0: level is 5"},
 		{"state", func(im *image) { im.slots[1].State, im.slots[1].NumRows = 3, 0 }, "slot 1: state is 3"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			im := example()
 			tt.spoil(im)
-			m, err := newMemory(im.bytes)
+			m, err := newMemory(im.bytes, testClock())
 			if err == nil {
 				_, err = m.snapshot()
 			}
@@ -190,11 +217,254 @@ func TestBadMemory(t *testing.T) {
 	}
 }
 
+// The present stretch is in the one sum that it will be added to.
+func TestPresentStretch(t *testing.T) {
+	type times = snapshot.Times
+	for _, tt := range []struct {
+		name string
+		slot abi.Slot // row 0 is a CPUID, row 1 a HLT, row 2 those of several reasons
+		want times
+	}{
+		{"guest", abi.Slot{TSC: tscNow - 100}, times{Guest: 100}},
+		{"guest, whatever it is said to do", abi.Slot{TSC: tscNow - 100, Doing: abi.Outside}, times{Guest: 100}},
+		{"not timed", abi.Slot{TSC: math.MaxInt64}, times{}},
+		{"just begun", abi.Slot{TSC: tscNow}, times{}},
+		{"begun since we looked", abi.Slot{TSC: tscNow + 1, Open: openAt(0)}, times{}},
+		{"kvm", abi.Slot{TSC: tscNow - 100, Open: openAt(0), Doing: abi.InKVM}, times{KVM: 100}},
+		{"user", abi.Slot{TSC: tscNow - 100, Open: openAt(0), Doing: abi.InUser}, times{User: 100}},
+		{"outside", abi.Slot{TSC: tscNow - 100, Open: openAt(0), Doing: abi.Outside}, times{Outside: 100}},
+		{"halted in user space", abi.Slot{TSC: tscNow - 100, Open: openAt(0), Doing: abi.Halted}, times{Halted: 100}},
+		{"halted in kvm", abi.Slot{TSC: tscNow - 100, Open: openAt(1), Doing: abi.InKVM}, times{Halted: 100}},
+		{"halted by who knows what", abi.Slot{TSC: tscNow - 100, Open: openAt(2), Doing: abi.InKVM}, times{KVM: 100}},
+		{"doing something else", abi.Slot{TSC: tscNow - 100, Open: openAt(0), Doing: 9}, times{}},
+		{"no row", abi.Slot{TSC: tscNow - 100, Open: openAt(3)}, times{}},
+		{"within a row", abi.Slot{TSC: tscNow - 100, Open: openAt(0) + 8}, times{}},
+		{"before the rows", abi.Slot{TSC: tscNow - 100, Open: 8}, times{}},
+		{"beyond the slot", abi.Slot{TSC: tscNow - 100, Open: math.MaxUint32}, times{}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			im := newImage(1)
+			tt.slot.State, tt.slot.ISA, tt.slot.NumRows = abi.Live, abi.ISASVM, 3
+			tt.slot.Rows[0].Code, tt.slot.Rows[1].Code = 0x72, 0x78
+			tt.slot.Rows[2] = abi.Row{Code: 0x78, Flags: abi.RowOther}
+			im.slots[0] = tt.slot
+			if diff := cmp.Diff(tt.want, im.snapshot(t).Slots[0].Times); diff != "" {
+				t.Errorf("times (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestTimesPass reads a slot whose thread exits and enters all the time: what
+// it has been at makes the time that has passed.
+func TestTimesPass(t *testing.T) {
+	im := newImage(1)
+	var now atomic.Uint64
+	now.Store(1000)
+	p := &im.slots[0]
+	*p = abi.Slot{State: abi.Live, NumRows: 1, TSC: 1000}
+	m, err := newMemory(im.bytes, clock{tsc: now.Load, boot: testClock().boot})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stop atomic.Bool
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		for !stop.Load() {
+			for range 1 << 14 { // stretches are longer than a copy takes, most of them
+				now.Add(1)
+			}
+			tsc := now.Load()
+			if p.Open == 0 {
+				atomic.AddUint64(&p.GuestTime, tsc-p.TSC)
+				atomic.StoreUint32(&p.Open, openAt(0))
+			} else {
+				atomic.AddUint64(&p.Rows[0].Time, tsc-p.TSC)
+				atomic.StoreUint32(&p.Open, 0)
+			}
+			atomic.StoreUint64(&p.TSC, tsc)
+		}
+	})
+	defer writer.Wait()
+	defer stop.Store(true)
+	wrong := 0
+	const copies = 2000
+	for range copies {
+		before := now.Load()
+		s, err := m.snapshot()
+		if err != nil {
+			t.Fatal(err)
+		}
+		times := s.Slots[0].Times
+		if sum := times.Guest + times.KVM + 1000; sum < before || sum > now.Load() {
+			wrong++ // between two of the writer's stores
+		}
+	}
+	if wrong > copies/100 {
+		t.Errorf("%d of %d copies do not add up", wrong, copies)
+	}
+}
+
+func TestRecent(t *testing.T) {
+	const index, generation = 1, 5
+	id := snapshot.SlotID{Index: index, Generation: generation}
+	// write makes exit n, which occurred n microseconds ago and took 100 + n cycles.
+	write := func(im *image, n uint64) {
+		im.recent[index].Exits[n%abi.NumRecent] = abi.Exit{TSC: tscNow - 2000*n, Cycles: 100 + n, RIP: 1<<63 + n, Code: uint32(n)}
+	}
+	exit := func(n uint64) snapshot.Exit {
+		return snapshot.Exit{Number: n, Time: bootNow - 1000*n, Duration: 100 + n, Code: uint32(n), RIP: 1<<63 + n}
+	}
+	for _, tt := range []struct {
+		name   string
+		head   uint64
+		from   uint64
+		change func(*image)
+		id     snapshot.SlotID
+		first  uint64 // latest
+		n      int
+		err    error
+	}{
+		{name: "none", id: id},
+		{name: "some", head: 3, id: id, first: 2, n: 3},
+		{name: "the last of some", head: 3, from: 2, id: id, first: 2, n: 1},
+		{name: "none since", head: 3, from: 3, id: id},
+		{name: "none since, by far", head: 3, from: 1 << 60, id: id},
+		{name: "almost full", head: 511, id: id, first: 510, n: 511},
+		// The thread may be writing exit 512, in the place of exit 0.
+		{name: "full", head: 512, id: id, first: 511, n: 511},
+		{name: "overrun", head: 20_000, id: id, first: 19_999, n: 511},
+		{name: "overrun, from inside", head: 20_000, from: 19_900, id: id, first: 19_999, n: 100},
+		{name: "no memory", head: 3, change: func(im *image) { im.slots[index].HasRecent = 0 }, id: id},
+		{name: "retired", head: 3, change: func(im *image) { im.slots[index].State = abi.Retired }, id: id, first: 2, n: 3},
+		{name: "free", head: 3, change: func(im *image) { im.slots[index].State = abi.Free }, id: id, err: source.ErrStale},
+		{name: "reused", head: 3, id: snapshot.SlotID{Index: index, Generation: generation - 1}, err: source.ErrStale},
+		{name: "without memory", head: 3, id: snapshot.SlotID{Index: 2, Generation: generation}, err: source.ErrStale},
+		{name: "no such slot", head: 3, id: snapshot.SlotID{Index: math.MaxUint32}, err: source.ErrStale},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			im := newImage(3)
+			im.header.SlotsBacked = 2
+			im.slots[index] = abi.Slot{Generation: generation, State: abi.Live, HasRecent: 1, RecentHead: tt.head}
+			for n := tt.head - min(tt.head, abi.NumRecent); n < tt.head; n++ {
+				write(im, n)
+			}
+			if tt.change != nil {
+				tt.change(im)
+			}
+			m, err := newMemory(im.bytes, testClock())
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := m.readRecent(tt.id, tt.from)
+			if !errors.Is(err, tt.err) {
+				t.Fatalf("error is %v, want %v", err, tt.err)
+			}
+			var want []snapshot.Exit
+			for i := range tt.n {
+				want = append(want, exit(tt.first-uint64(i)))
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("exits (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestRecentPresent(t *testing.T) {
+	im := newImage(1)
+	im.slots[0] = abi.Slot{State: abi.Live, HasRecent: 1, RecentHead: 1}
+	im.recent[0].Exits[0] = abi.Exit{TSC: tscNow + 2000, Cycles: abi.Present, Code: 0x72}
+	m, err := newMemory(im.bytes, testClock())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := m.readRecent(snapshot.SlotID{}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []snapshot.Exit{{Time: bootNow + 1000, Present: true, Code: 0x72}}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("exits (-want +got):\n%s", diff)
+	}
+}
+
+// TestRecentOverrun reads a ring while it is written: what is returned is whole.
+func TestRecentOverrun(t *testing.T) {
+	im := newImage(1)
+	p := &im.slots[0]
+	*p = abi.Slot{State: abi.Live, HasRecent: 1}
+	m, err := newMemory(im.bytes, testClock())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stop atomic.Bool
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		for n := uint64(0); !stop.Load(); n++ {
+			e := &im.recent[0].Exits[n%abi.NumRecent]
+			atomic.StoreUint64(&e.Cycles, n)
+			atomic.StoreUint64(&e.RIP, n)
+			atomic.StoreUint32(&e.Code, uint32(n))
+			atomic.StoreUint64(&p.RecentHead, n+1)
+		}
+	})
+	defer writer.Wait()
+	defer stop.Store(true)
+	for seen := 0; seen < 10_000; {
+		exits, err := m.readRecent(snapshot.SlotID{}, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, e := range exits {
+			if e.Number != exits[0].Number-uint64(i) || e.Duration != e.Number || e.RIP != e.Number || e.Code != uint32(e.Number) {
+				t.Fatalf("exit %d of %d is mixed: %+v", i, len(exits), e)
+			}
+		}
+		seen += len(exits)
+	}
+}
+
+func TestClock(t *testing.T) {
+	// Something comes between the readings of all but the third pair.
+	var tsc uint64
+	gaps := []uint64{900, 800, 10, 700}
+	pair := 0
+	c := clock{
+		tsc:  func() uint64 { return tsc },
+		boot: func() uint64 { tsc += gaps[pair]; pair++; return uint64(pair) },
+	}
+	if got, want := c.now(), (moment{1705, 3}); got != want {
+		t.Errorf("now is %+v, want %+v", got, want)
+	}
+	m := moment{tsc: 10_000, boot: 5000}
+	for _, tt := range []struct{ tsc, want uint64 }{{10_000, 5000}, {8000, 4000}, {12_000, 6000}, {0, 0}} {
+		if got := m.bootTime(tt.tsc, 2_000_000_000); got != tt.want {
+			t.Errorf("cycle %d is at %d, want %d", tt.tsc, got, tt.want)
+		}
+	}
+	if got := (moment{tsc: 1 << 40, boot: 5}).bootTime(0, 1_000_000_000); got != 0 {
+		t.Errorf("before the boot: %d, want 0", got)
+	}
+}
+
+// The host's clocks run together.
+func TestHostClock(t *testing.T) {
+	if runtime.GOARCH != "amd64" {
+		t.Skip("no TSC")
+	}
+	c := hostClock()
+	a, b := c.now(), c.now()
+	if a.tsc == 0 || b.tsc <= a.tsc || a.boot == 0 || b.boot < a.boot {
+		t.Errorf("%+v, then %+v", a, b)
+	}
+}
+
 // TestReuse reads a slot that another thread takes into use again and again: a
 // copy is always of one use, whose number all of its counters hold.
 func TestReuse(t *testing.T) {
 	im := newImage(1)
-	m, err := newMemory(im.bytes)
+	m, err := newMemory(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -204,7 +474,7 @@ func TestReuse(t *testing.T) {
 		p := &im.slots[0]
 		for use := uint32(0); !stop.Load(); use++ {
 			atomic.StoreUint32(&p.TID, use)
-			atomic.StoreUint64(&p.GuestTime, uint64(use))
+			atomic.StoreUint64(&p.Since, uint64(use))
 			atomic.StoreUint32(&p.NumRows, use%abi.NumRows+1)
 			for i := range p.Rows[:use%abi.NumRows+1] {
 				atomic.StoreUint64(&p.Rows[i].Count, uint64(use))
@@ -237,7 +507,7 @@ func TestReuse(t *testing.T) {
 		copies++
 		slot := s.Slots[0]
 		use := slot.ID.Generation
-		if slot.TID != int(use) || slot.GuestTime != uint64(use) || slot.Retired != (use%2 == 1) || len(slot.Rows) != int(use%abi.NumRows+1) {
+		if slot.TID != int(use) || slot.Since != uint64(use) || slot.Retired != (use%2 == 1) || len(slot.Rows) != int(use%abi.NumRows+1) {
 			t.Fatalf("copy of use %d is mixed: %+v", use, slot)
 		}
 		for _, r := range slot.Rows {
@@ -256,7 +526,7 @@ func TestForeignRelease(t *testing.T) {
 		im.slots[i] = abi.Slot{State: abi.Retired, NumRows: 1}
 		im.slots[i].Rows[0].Count = 1000
 	}
-	m, err := newMemory(im.bytes)
+	m, err := newMemory(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -308,6 +578,7 @@ func TestMapDevice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	m.clock = testClock()
 	s := &Source{mapping: mapping, memory: m, events: make(chan source.Event), done: make(chan struct{})}
 	got, err := s.Snapshot()
 	if err != nil {
@@ -338,8 +609,9 @@ func FuzzMemory(f *testing.F) {
 			binary.NativeEndian.PutUint32(mem, abi.Magic)
 			binary.NativeEndian.PutUint32(mem[4:], abi.ABI)
 			binary.NativeEndian.PutUint32(mem[unsafe.Offsetof(abi.Header{}.SlotSize):], uint32(slotSize))
+			binary.NativeEndian.PutUint32(mem[unsafe.Offsetof(abi.Header{}.RecentSize):], uint32(recentSize))
 		}
-		m, err := newMemory(mem)
+		m, err := newMemory(mem, testClock())
 		if err != nil {
 			return
 		}
@@ -351,6 +623,10 @@ func FuzzMemory(f *testing.F) {
 			if s.Slots[i].ID.Index >= m.header.SlotsBacked {
 				t.Errorf("slot %d has no memory", s.Slots[i].ID.Index)
 			}
+			exits, err := m.readRecent(s.Slots[i].ID, 0)
+			if err != nil || len(exits) > abi.NumRecent {
+				t.Errorf("slot %d: %d recent exits, %v", s.Slots[i].ID.Index, len(exits), err)
+			}
 		}
 	})
 }
@@ -360,7 +636,7 @@ func BenchmarkSnapshot(b *testing.B) {
 	for i := range im.slots {
 		im.slots[i].State, im.slots[i].NumRows = abi.Live, 10
 	}
-	m, err := newMemory(im.bytes)
+	m, err := newMemory(im.bytes, hostClock())
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -7,12 +7,12 @@
 // compared; compressed by gzip when the file's name ends in .gz. The first line
 // is the header,
 //
-//	{"virtexit_recording": 1}
+//	{"virtexit_recording": 2}
 //
 // whose number is the format's version. Each further line is a frame: a time
 // and what was learnt then, either the source's state or a snapshot.
 //
-//	{"time": "2026-01-02T15:04:05.000000006Z", "info": {"collector": "kmod", "hook": "tracepoint", "level": 2, ...}}
+//	{"time": "2026-01-02T15:04:05.000000006Z", "info": {"collector": "kmod", "hook": "tracepoint", "level": 3, ...}}
 //	{"time": "2026-01-02T15:04:05.000000007Z", "snapshot": {"tick_hz": 2000000000, "released": 7, "slots": [
 //		{"index": 0, "generation": 1, "tgid": 100, "isa": "svm", "rows": [{"code": 114, "count": 5, "hist": [0, 5]}, ...], ...}]}}
 //
@@ -35,7 +35,7 @@ import (
 	"virtexit/internal/source"
 )
 
-const version = 1
+const version = 2
 
 // maxLine bounds the memory that a foreign file can take. A slot takes about 1 KiB
 // with ten rows in use.
@@ -75,6 +75,7 @@ type info struct {
 
 type snap struct {
 	TickHz       uint64 `json:"tick_hz"`
+	Counted      uint64 `json:"counted,omitempty"`
 	Released     uint64 `json:"released,omitempty"`
 	Unattributed uint64 `json:"unattributed,omitempty"`
 	Refused      uint64 `json:"refused,omitempty"`
@@ -93,8 +94,20 @@ type slot struct {
 	VCPU       int    `json:"vcpu"`
 	ISA        string `json:"isa"`
 	Since      uint64 `json:"since"`
-	GuestTime  uint64 `json:"guest_time,omitempty"`
+	Level      uint32 `json:"level,omitempty"`
+	Recent     uint64 `json:"recent,omitempty"`
+	Times      *times `json:"times,omitempty"`
 	Rows       []row  `json:"rows,omitempty"`
+}
+
+type times struct {
+	Guest   uint64 `json:"guest,omitempty"`
+	KVM     uint64 `json:"kvm,omitempty"`
+	User    uint64 `json:"user,omitempty"`
+	Poll    uint64 `json:"poll,omitempty"`
+	Halted  uint64 `json:"halted,omitempty"`
+	Wait    uint64 `json:"wait,omitempty"`
+	Outside uint64 `json:"outside,omitempty"`
 }
 
 type row struct {
@@ -102,6 +115,7 @@ type row struct {
 	Other bool     `json:"other,omitempty"`
 	Count uint64   `json:"count"`
 	Time  uint64   `json:"time,omitempty"`
+	User  uint64   `json:"user,omitempty"`
 	Max   uint64   `json:"max,omitempty"`
 	Hist  []uint64 `json:"hist,omitempty"`
 }
@@ -132,7 +146,7 @@ func (w *Writer) Write(f Frame) error {
 		}
 	}
 	if s := f.Snapshot; s != nil {
-		out.Snapshot = &snap{TickHz: s.TickHz, Released: s.Released, Unattributed: s.Unattributed, Refused: s.Refused}
+		out.Snapshot = &snap{TickHz: s.TickHz, Counted: s.Counted, Released: s.Released, Unattributed: s.Unattributed, Refused: s.Refused}
 		for i := range s.Slots {
 			out.Snapshot.Slots = append(out.Snapshot.Slots, fromSlot(&s.Slots[i]))
 		}
@@ -143,7 +157,10 @@ func (w *Writer) Write(f Frame) error {
 func fromSlot(s *snapshot.Slot) slot {
 	out := slot{
 		s.ID.Index, s.ID.Generation, s.Retired, s.Process.TGID, s.Process.Start, s.Comm, s.TID, s.Start, s.VCPU,
-		s.ISA.String(), s.Since, s.GuestTime, nil,
+		s.ISA.String(), s.Since, uint32(s.Level), s.Recent, nil, nil,
+	}
+	if t := times(s.Times); t != (times{}) {
+		out.Times = &t
 	}
 	for i := range s.Rows {
 		r := &s.Rows[i]
@@ -151,7 +168,7 @@ func fromSlot(s *snapshot.Slot) slot {
 		for n > 0 && r.Hist[n-1] == 0 {
 			n--
 		}
-		out.Rows = append(out.Rows, row{r.Code, r.Other, r.Count, r.Time, r.Max, r.Hist[:n]})
+		out.Rows = append(out.Rows, row{r.Code, r.Other, r.Count, r.Time, r.User, r.Max, r.Hist[:n]})
 	}
 	return out
 }
@@ -232,7 +249,7 @@ func (in *frame) parse() (Frame, error) {
 			return Frame{}, err
 		}
 		f.Info = &source.Info{
-			Collector: i.Collector, Version: i.Version, Hook: i.Hook, Level: source.Level(i.Level), ISA: isa,
+			Collector: i.Collector, Version: i.Version, Hook: i.Hook, Level: snapshot.Level(i.Level), ISA: isa,
 			KVM: i.KVM, Refused: i.Refused,
 			SlotsMax: i.SlotsMax, SlotsLive: i.SlotsLive, SlotsRetired: i.SlotsRetired, SlotsBacked: i.SlotsBacked,
 			Leases: i.Leases,
@@ -243,7 +260,7 @@ func (in *frame) parse() (Frame, error) {
 			return Frame{}, errors.New("tick_hz is 0")
 		}
 		f.Snapshot = &snapshot.Snapshot{
-			TickHz: s.TickHz, Released: s.Released, Unattributed: s.Unattributed, Refused: s.Refused,
+			TickHz: s.TickHz, Counted: s.Counted, Released: s.Released, Unattributed: s.Unattributed, Refused: s.Refused,
 		}
 		for i := range s.Slots {
 			slot, err := s.Slots[i].parse()
@@ -267,13 +284,17 @@ func (s *slot) parse() (snapshot.Slot, error) {
 		ID:      snapshot.SlotID{Index: s.Index, Generation: s.Generation},
 		Retired: s.Retired,
 		Process: snapshot.Process{TGID: s.TGID, Start: s.TGIDStart},
-		Comm:    s.Comm, TID: s.TID, Start: s.Start, VCPU: s.VCPU, ISA: isa, Since: s.Since, GuestTime: s.GuestTime,
+		Comm:    s.Comm, TID: s.TID, Start: s.Start, VCPU: s.VCPU, ISA: isa, Since: s.Since,
+		Level: snapshot.Level(s.Level), Recent: s.Recent,
+	}
+	if s.Times != nil {
+		out.Times = snapshot.Times(*s.Times)
 	}
 	for _, r := range s.Rows {
 		if len(r.Hist) > snapshot.NumHist {
 			return snapshot.Slot{}, fmt.Errorf("code %d: %d buckets, of %d", r.Code, len(r.Hist), snapshot.NumHist)
 		}
-		to := snapshot.Row{Code: r.Code, Other: r.Other, Count: r.Count, Time: r.Time, Max: r.Max}
+		to := snapshot.Row{Code: r.Code, Other: r.Other, Count: r.Count, Time: r.Time, User: r.User, Max: r.Max}
 		copy(to.Hist[:], r.Hist)
 		out.Rows = append(out.Rows, to)
 	}

@@ -107,7 +107,13 @@ func (s *Source) Info() (source.Info, error) {
 }
 
 // SetLevel has no effect: what was collected is past.
-func (s *Source) SetLevel(source.Level) error { return nil }
+func (s *Source) SetLevel(snapshot.Level) error { return nil }
+
+// SetProcessLevel has no effect either.
+func (s *Source) SetProcessLevel(snapshot.Process, *snapshot.Level) error { return nil }
+
+// Recent returns nothing: a recording does not hold the latest exits.
+func (s *Source) Recent(snapshot.SlotID, uint64) ([]snapshot.Exit, error) { return nil, nil }
 
 // Snapshot goes on to the next one. After the last one the error is
 // source.ErrGone, but where the recording is broken one that names the line.

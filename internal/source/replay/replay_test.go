@@ -33,26 +33,27 @@ func frames() []Frame {
 		return snapshot.Slot{
 			ID: snapshot.SlotID{Index: 3, Generation: 7}, Retired: retired,
 			Process: snapshot.Process{TGID: 100, Start: 1000}, Comm: "qemu <system>", TID: 101, Start: 1001,
-			VCPU: 1, ISA: exitreason.SVM, Since: 2000, GuestTime: 12345,
+			VCPU: 1, ISA: exitreason.SVM, Since: 2000,
+			Level: snapshot.Recent, Times: snapshot.Times{Guest: 1, KVM: 2, User: 3, Poll: 4, Halted: 5, Wait: 6, Outside: 7}, Recent: 8,
 			Rows: []snapshot.Row{
-				{Code: 0x72, Count: count, Time: 700, Max: 600, Hist: [snapshot.NumHist]uint64{0, 1}},
+				{Code: 0x72, Count: count, Time: 700, User: 90, Max: 600, Hist: [snapshot.NumHist]uint64{0, 1}},
 				{Other: true, Count: 1, Hist: [snapshot.NumHist]uint64{snapshot.NumHist - 1: math.MaxUint64}},
 			},
 		}
 	}
 	counting := source.Info{
-		Collector: "kmod", Version: "0.1.0", Hook: "tracepoint", Level: source.Time, ISA: exitreason.SVM, KVM: true,
+		Collector: "kmod", Version: "0.1.0", Hook: "tracepoint", Level: snapshot.Time, ISA: exitreason.SVM, KVM: true,
 		SlotsMax: 8192, SlotsLive: 1, SlotsRetired: 2, SlotsBacked: 64, Leases: 1,
 	}
 	refused := source.Info{Collector: "kmod", Hook: "none", KVM: true, Refused: "not known"}
 	other := snapshot.Slot{ID: snapshot.SlotID{Index: 4}, ISA: exitreason.VMX}
 	return []Frame{
 		{Time: at(1), Info: &counting},
-		{Time: at(1), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Slots: []snapshot.Slot{slot(false, 5)}, Unattributed: 1, Refused: 2}},
-		{Time: at(2), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Slots: []snapshot.Slot{slot(true, 9), other}, Unattributed: 1, Refused: 2}},
+		{Time: at(1), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Counted: 1e9, Slots: []snapshot.Slot{slot(false, 5)}, Unattributed: 1, Refused: 2}},
+		{Time: at(2), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Counted: 2e9, Slots: []snapshot.Slot{slot(true, 9), other}, Unattributed: 1, Refused: 2}},
 		{Time: at(3), Info: &refused},
-		{Time: at(3), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Slots: []snapshot.Slot{slot(true, 9)}, Unattributed: 1, Refused: 2}},
-		{Time: at(4), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Released: 10, Unattributed: 1, Refused: 2}},
+		{Time: at(3), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Counted: 3e9, Slots: []snapshot.Slot{slot(true, 9)}, Unattributed: 1, Refused: 2}},
+		{Time: at(4), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Counted: 3e9, Released: 10, Unattributed: 1, Refused: 2}},
 	}
 }
 
@@ -128,7 +129,7 @@ func TestBadFrame(t *testing.T) {
 }
 
 func TestBadRecording(t *testing.T) {
-	const head = `{"virtexit_recording":1}` + "\n"
+	const head = `{"virtexit_recording":2}` + "\n"
 	whole := string(write(t, frames()...))
 	tests := []struct {
 		name, text, want string
@@ -138,7 +139,7 @@ func TestBadRecording(t *testing.T) {
 		{"foreign json", `{"schema":"virtexit/v1"}`, `line 1: json: unknown field "schema"`},
 		{"other json", "[]\n", "not a recording: line 1"},
 		{"no version", "{}\n", "line 1: not a recording: no version"},
-		{"newer version", `{"virtexit_recording":2}`, "line 1: the recording's version is 2, this program's is 1"},
+		{"other version", `{"virtexit_recording":1}`, "line 1: the recording's version is 1, this program's is 2"},
 		{"torn header", `{"virtexit_re`, "line 1: cut short"},
 		{"torn", whole[:len(whole)-20], "line 7: cut short"},
 		{"empty line", head + "\n", "line 2: cut short"},
@@ -200,11 +201,17 @@ func TestSource(t *testing.T) {
 	}
 	dead := snapshot.SlotID{Index: 3, Generation: 7}
 
-	if err := s.SetLevel(source.Off); err != nil {
+	if err := s.SetLevel(snapshot.Off); err != nil {
 		t.Errorf("SetLevel: %v", err)
+	}
+	if err := s.SetProcessLevel(snapshot.Process{TGID: 100}, nil); err != nil {
+		t.Errorf("SetProcessLevel: %v", err)
 	}
 	info(*all[0].Info)
 	snap(all[1].Snapshot, at(1))
+	if exits, err := s.Recent(dead, 0); err != nil || len(exits) > 0 {
+		t.Errorf("Recent: %v, %v", exits, err)
+	}
 	if err := s.Release([]snapshot.SlotID{dead}); !errors.Is(err, source.ErrStale) {
 		t.Errorf("release of a live slot: error is %v, want %v", err, source.ErrStale)
 	}
@@ -355,7 +362,7 @@ func TestOpen(t *testing.T) {
 
 func FuzzReader(f *testing.F) {
 	f.Add(write(f, frames()...))
-	f.Add([]byte(`{"virtexit_recording":1}` + "\n" + `{"snapshot":{"tick_hz":1,"slots":[{"isa":"vmx","rows":[{"hist":[0]}]}]}}`))
+	f.Add([]byte(`{"virtexit_recording":2}` + "\n" + `{"snapshot":{"tick_hz":1,"slots":[{"isa":"vmx","rows":[{"hist":[0]}]}]}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		want, err := read(bytes.NewReader(b))
 		if err != nil {

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "textflag.h"
+
+// func readTSC() uint64
+//
+// Fenced on both sides: RDTSC alone may run ahead of loads before it, and loads
+// behind it ahead of it.
+TEXT ·readTSC(SB), NOSPLIT, $0-8
+	LFENCE
+	RDTSC
+	LFENCE
+	SHLQ $32, DX
+	ORQ  DX, AX
+	MOVQ AX, ret+0(FP)
+	RET
