@@ -2,10 +2,13 @@
 #
 #	make demo	virtexit at work, in an emulated machine with real guests
 #	make test	every test, those in the lab included
+#	make bench-cost	what watching an exit costs, virtexit and others; build/bench-cost.json
 #	make lab	a root shell in that machine
 #	make build	bin/virtexitd, bin/virtexit
 #	make kmod	build/kmod/$(KVER)/virtexit.ko
+#	make kmods	the same for every kernel that Debian 12 offers, with every warning
 #	make kvm-patch	build/kvm-patch/$(KVER)/: KVM with an exit hook, see kvm-patch/README.md
+#	make lab-debug	the module's tests on a kernel with KASAN, lockdep and the like
 #	make install	onto this host: PREFIX, DESTDIR
 
 VERSION := $(shell sed -n 's/^\#define VX_VERSION "\(.*\)"/\1/p' kmod/vx.h)
@@ -21,13 +24,15 @@ PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
 PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
 	bsdutils procps iproute2 sparse
+PACKAGES_debug := flex bison bc libelf-dev
 
 LAB := build/lab/bin/lab
-# The releases that the lab boots and virtexit.ko is built for.
-SERIES  := 6.1 6.12
+# What KVM is patched for, and what virtexit.ko is built for: every flavour that Debian 12 offers.
+SERIES   := 6.1 6.12
+FLAVOURS := $(foreach series,$(SERIES),$(series) $(series)-cloud $(series)-rt)
 release  = $$($(LAB) kernel --kernel $(1) | cut -d' ' -f1)
 
-.PHONY: build kmod kmods kvm-patch demo lab test generate install uninstall clean distclean $(LAB)
+.PHONY: build kmod kmods kvm-patch kvm-patches demo bench-cost lab lab-debug lab-debug-kernel test generate install uninstall clean distclean $(LAB)
 
 build: packages-build
 	$(GO) build -trimpath -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
@@ -41,8 +46,17 @@ kmod: packages-kmod $(LAB)
 kvm-patch: packages-kmod $(LAB)
 	@LAB=$(LAB) kvm-patch/build $(KVER)
 
+# The compiler, sparse and objtool have nothing to say, or the build fails.
 kmods: packages-lab $(LAB)
-	@set -e; for series in $(SERIES); do $(MAKE) --no-print-directory kmod KVER=$(call release,$$series); done
+	@set -e; mkdir -p build/kmod; for flavour in $(FLAVOURS); do \
+		release=$$($(LAB) release $$flavour); log=build/kmod/$$release.log; \
+		{ $(MAKE) --no-print-directory kmod KVER=$$release KFLAGS="W=1 C=1 CF=-Wsparse-error" >$$log 2>&1 && \
+			! grep -iq warning $$log; } || { cat $$log; rm -rf build/kmod/$$release; exit 1; }; \
+		printf '%-11s %-28s virtexit.ko, no warnings\n' $$flavour $$release; \
+	done
+
+kvm-patches: packages-lab $(LAB)
+	@set -e; for series in $(SERIES); do $(MAKE) --no-print-directory kvm-patch KVER=$(call release,$$series); done
 
 demo: packages-lab build $(LAB)
 	@echo "# unpacking Debian's kernel, building virtexit.ko for it"
@@ -54,9 +68,25 @@ lab: packages-lab build $(LAB)
 	@$(MAKE) -s --no-print-directory kmod KVER=$(call release,"")
 	$(LAB) shell --cpus 1
 
-# W=1 and C=1: the compiler and sparse have nothing to say, or the build fails.
+# In instructions, on an emulated CPU that counts them.
+bench-cost: packages-lab kvm-patches $(LAB)
+	@set -e; for series in $(SERIES); do $(MAKE) -s --no-print-directory kmod KVER=$(call release,$$series); done
+	@CGO_ENABLED=0 $(GO) build -o build/lab/bin/cost ./test/lab/cost/cmd
+	@build/lab/bin/cost -o build/bench-cost.json $(SERIES)
+
+# A kernel with KASAN, lockdep and the like: eight minutes on two CPUs, the first time.
+lab-debug-kernel: packages-lab packages-debug $(LAB)
+	@echo "# building the kernel of configs/lab-debug.config"
+	@LAB=$(LAB) test/lab/debug-kernel.sh 6.1
+	@$(MAKE) --no-print-directory kmod KVER=$(call release,6.1-debug)
+
+lab-debug: lab-debug-kernel
+	$(GO) test -count 1 -v -run '^TestInside$$/^kernel$$/^6.1-debug' ./test/lab
+
 test: packages-lab build
-	@$(MAKE) --no-print-directory kmods KFLAGS="W=1 C=1 CF=-Wsparse-error"
+	@$(MAKE) --no-print-directory kmods
+	@$(MAKE) --no-print-directory kvm-patches
+	@$(MAKE) --no-print-directory lab-debug-kernel
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) vet -tags $(TAGS),lab ./...
 	$(GO) tool staticcheck -tags $(TAGS),lab ./...

@@ -61,9 +61,10 @@ func (d *Daemon) commandProcesses() error {
 		return nil
 	}
 	var errs []error
-	// In a pause too: the higher level of a process would be in force.
-	for p := range d.given {
-		if _, wished := d.wish.processes[inProc(p)]; !wished || d.wish.paused {
+	// In a pause too: the higher level of a process would be in force. One that
+	// is not counted at all stays so, lest it be counted when the pause ends.
+	for p, level := range d.given {
+		if _, wished := d.wish.processes[inProc(p)]; !wished || d.wish.paused && level > snapshot.Pause {
 			delete(d.given, p)
 			errs = append(errs, d.source.SetProcessLevel(p, nil))
 		}

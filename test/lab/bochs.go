@@ -79,7 +79,12 @@ func (m *machine) bochs(ctx context.Context) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	ended := make(chan error, 1)
 	go func() { ended <- runBound(cmd) }()
+	var screen *os.File
+	defer func() { screen.Close() }()
 	for {
+		if screen == nil {
+			screen = drainScreen(file("screen"))
+		}
 		select {
 		case err := <-ended:
 			io.Copy(m.port, out)
@@ -104,6 +109,27 @@ func (m *machine) bochs(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+var pty = regexp.MustCompile(`Bochs connected to screen "(/dev/pts/[0-9]+)"`)
+
+// drainScreen reads the terminal that Bochs has opened for its screen, which it would otherwise wait for when it is full.
+// The result is nil while Bochs has not said which it is; closing it ends the reading.
+func drainScreen(log string) *os.File {
+	said, err := os.ReadFile(log)
+	if err != nil {
+		return nil
+	}
+	name := pty.FindSubmatch(said)
+	if name == nil {
+		return nil
+	}
+	f, err := os.OpenFile(string(name[1]), os.O_RDONLY|syscall.O_NOCTTY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	go io.Copy(io.Discard, f)
+	return f
 }
 
 // writeISO makes a CD that boots the machine's kernel.

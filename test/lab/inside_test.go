@@ -3,14 +3,18 @@
 package lab
 
 import (
+	"fmt"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"virtexit/test/lab/inside"
 )
 
 // TestInside boots each machine once and runs there the tests that need one. "make test" has built what they use.
 func TestInside(t *testing.T) {
 	const pkg = "virtexit/test/lab/"
+	patched := []string{inside.KVMVar + "=" + string(inside.Patched)}
 	for _, m := range []struct {
 		name   string
 		pkg    string
@@ -22,6 +26,11 @@ func TestInside(t *testing.T) {
 		{"vmmap/6.1 SVM", "virtexit/vmmap", Config{Kernel: "6.1", CPUs: 1, Timeout: 15 * time.Minute}},
 		{"kernel/6.1 SVM", pkg + "kernel", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
 		{"kernel/6.12 SVM", pkg + "kernel", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},
+		{"kernel/6.1 SVM patched", pkg + "kernel", Config{Kernel: "6.1", Env: patched, Timeout: 10 * time.Minute}},
+		{"kernel/6.12 SVM patched", pkg + "kernel", Config{Kernel: "6.12", Env: patched, Timeout: 10 * time.Minute}},
+		{"kernel/6.1-debug SVM", pkg + "kernel", Config{Kernel: "6.1-debug", Timeout: 20 * time.Minute}},
+		{"kernel/6.1-rt SVM", pkg + "kernel", Config{Kernel: "6.1-rt", Timeout: 10 * time.Minute}},
+		{"kernel/6.12-rt SVM", pkg + "kernel", Config{Kernel: "6.12-rt", Timeout: 10 * time.Minute}},
 		{"guest/6.1 SVM", pkg + "guest", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
 		{"guest/6.12 SVM", pkg + "guest", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},
 		{"cost/6.1 SVM", pkg + "cost", Config{Kernel: "6.1", Icount: true, Timeout: 10 * time.Minute}},
@@ -35,11 +44,13 @@ func TestInside(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				ko, err := filepath.Abs(filepath.Join("../../build/kmod", k.Release, "virtexit.ko"))
-				if err != nil {
-					t.Fatal(err)
+				for _, file := range []string{"kmod/%s/virtexit.ko", "kvm-patch/%s/kvm.ko", "kvm-patch/%s/kvm-intel.ko"} {
+					ko, err := filepath.Abs(filepath.Join("../../build", fmt.Sprintf(file, k.Release)))
+					if err != nil {
+						t.Fatal(err)
+					}
+					m.config.Files = append(m.config.Files, ko)
 				}
-				m.config.Files = []string{ko}
 				m.config.Modules = []string{"kvm_intel"}
 			}
 			RunTests(t, m.config, m.pkg, "-tags=lab,libvirt_dlopen")

@@ -23,7 +23,7 @@ const KernelVar = "VIRTEXIT_LAB_KERNEL"
 // DefaultKernel is booted where neither Config.Kernel nor the environment names one.
 const DefaultKernel = "6.1"
 
-// Kernel is a Debian kernel package, unpacked but not installed.
+// Kernel is a Debian kernel package, unpacked but not installed, or a debug kernel.
 type Kernel struct {
 	Release string // as uname -r prints it
 	Dir     string // the package's root: boot/ and lib/ are below
@@ -35,11 +35,10 @@ func (k Kernel) Image() string { return filepath.Join(k.Dir, "boot", "vmlinuz-"+
 // Modules is the path of the module tree, with modules.dep.
 func (k Kernel) Modules() string { return filepath.Join(k.Dir, "lib", "modules", k.Release) }
 
-// FindKernel fetches the kernel with apt, unless a former call has, and unpacks it below build/lab. The version is a
-// series such as "6.1", of which it takes the release that Debian's own package depends on, or a complete release such
-// as "6.1.0-56-amd64". Empty means $VIRTEXIT_LAB_KERNEL, then DefaultKernel.
+// FindKernel finds the kernel of a version, see Release. Unless a former call has, it fetches the kernel with apt and
+// unpacks it below build/lab.
 func FindKernel(version string) (Kernel, error) {
-	release, err := resolve(cmp.Or(version, os.Getenv(KernelVar), DefaultKernel))
+	release, err := Release(version)
 	if err != nil {
 		return Kernel{}, err
 	}
@@ -57,26 +56,48 @@ func FindKernel(version string) (Kernel, error) {
 	return k, nil
 }
 
-var series = regexp.MustCompile(`^\d+\.\d+$`)
+// series matches a version that is no release: "6.1", "6.1-rt".
+var series = regexp.MustCompile(`^(\d+\.\d+)(-cloud|-rt|-debug)?$`)
 
-// resolve turns a series into a release. The series that a Debian release ships has no meta package with its number.
-func resolve(version string) (string, error) {
-	if !series.MatchString(version) {
+// Release turns a version into a release, as uname -r prints it. A series such as "6.1" means the release that Debian's
+// own package depends on; "6.1-cloud" and "6.1-rt" that of another flavour, "6.1-debug" what "make lab-debug-kernel" has
+// built. Anything else, such as "6.1.0-56-amd64", is a release. Empty means $VIRTEXIT_LAB_KERNEL, then DefaultKernel.
+func Release(version string) (string, error) {
+	version = cmp.Or(version, os.Getenv(KernelVar), DefaultKernel)
+	match := series.FindStringSubmatch(version)
+	if match == nil {
 		return version, nil
 	}
-	for _, meta := range []string{"linux-image-" + version + "-amd64", "linux-image-amd64"} {
+	number, flavour := match[1], match[2]
+	if flavour == "-debug" {
+		return debugRelease(number)
+	}
+	// The series that a Debian release ships has no meta package with its number.
+	for _, meta := range []string{"linux-image-" + number + flavour + "-amd64", "linux-image" + flavour + "-amd64"} {
 		out, err := exec.Command("apt-cache", "depends", "--important", meta).Output()
 		if errors.Is(err, exec.ErrNotFound) {
-			return "", fmt.Errorf("find a kernel of series %s: %w", version, err)
+			return "", fmt.Errorf("find kernel %s: %w", version, err)
 		}
 		for line := range strings.Lines(string(out)) {
 			release, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: linux-image-")
-			if ok && strings.HasPrefix(release, version+".") {
+			if ok && strings.HasPrefix(release, number+".") {
 				return release, nil
 			}
 		}
 	}
-	return "", fmt.Errorf("apt knows no kernel of series %s (has apt-get update been run?)", version)
+	return "", fmt.Errorf("apt knows no kernel %s (has apt-get update been run?)", version)
+}
+
+func debugRelease(number string) (string, error) {
+	cache, err := buildDir("kernels")
+	if err != nil {
+		return "", err
+	}
+	built, err := filepath.Glob(filepath.Join(cache, number+".*-debug"))
+	if err != nil || len(built) == 0 {
+		return "", fmt.Errorf("there is no debug kernel %s: make lab-debug-kernel", number)
+	}
+	return filepath.Base(built[len(built)-1]), nil
 }
 
 // fetch makes k.Dir appear complete or not at all.
@@ -118,11 +139,17 @@ func unpack(dir string, packages []string, finish func(root string) error) error
 	return os.Rename(root, dir)
 }
 
-// FindHeaders returns the directory to build modules for a release in: that of the running system where it has one for
-// this release, otherwise Debian's header packages, fetched with apt and unpacked below build/lab.
+// FindHeaders returns the directory to build modules for a release in: that of the running system or of a debug kernel
+// where there is one, otherwise Debian's header packages, fetched with apt and unpacked below build/lab.
 func FindHeaders(release string) (string, error) {
-	if dir := filepath.Join("/lib/modules", release, "build"); exists(filepath.Join(dir, "Makefile")) {
-		return dir, nil
+	kernels, err := buildDir("kernels")
+	if err != nil {
+		return "", err
+	}
+	for _, root := range []string{"/", filepath.Join(kernels, release)} {
+		if dir := filepath.Join(root, "lib/modules", release, "build"); exists(filepath.Join(dir, "Makefile")) {
+			return dir, nil
+		}
 	}
 	cache, unlock, err := lockedCache("headers")
 	if err != nil {
@@ -135,11 +162,11 @@ func FindHeaders(release string) (string, error) {
 		return headers, nil
 	}
 	// What they need of one another: the common headers and the programs of kbuild.
-	out, err := exec.Command("apt-cache", "depends", "--important", "linux-headers-"+release).Output()
-	if err != nil {
-		return "", fmt.Errorf("apt knows no headers of kernel %s (has apt-get update been run?)", release)
-	}
 	packages := []string{"linux-headers-" + release}
+	out, err := exec.Command("apt-cache", "depends", "--important", packages[0]).Output()
+	if err != nil {
+		return "", fmt.Errorf("apt knows no package %s (has apt-get update been run?)", packages[0])
+	}
 	for line := range strings.Lines(string(out)) {
 		name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: ")
 		if ok && (strings.HasPrefix(name, "linux-headers-") || strings.HasPrefix(name, "linux-kbuild-")) {
@@ -164,9 +191,12 @@ func FindHeaders(release string) (string, error) {
 
 var packageID = regexp.MustCompile(`LINUX_PACKAGE_ID " Debian (\S+)"`)
 
-// FindSource returns a directory with KVM's source, arch/x86/kvm and virt/kvm, out of Debian's linux-source package of
-// exactly the version that the headers of the release have, fetched with apt.
-func FindSource(release string) (string, error) {
+// FindSource returns a directory with the source of a kernel, or of KVM alone, arch/x86/kvm and virt/kvm, out of Debian's
+// linux-source package of exactly the version that the headers of the release have, fetched with apt.
+func FindSource(release string, whole bool) (string, error) {
+	if strings.Contains(release, "-rt-") {
+		return "", fmt.Errorf("kernel %s has patches of its own that linux-source lacks", release)
+	}
 	headers, err := FindHeaders(release)
 	if err != nil {
 		return "", err
@@ -180,9 +210,6 @@ func FindSource(release string) (string, error) {
 	if id == nil {
 		return "", fmt.Errorf("%s tells no version of a Debian package", file)
 	}
-	if strings.Contains(release, "-rt-") {
-		return "", fmt.Errorf("kernel %s has patches of its own that linux-source lacks", release)
-	}
 	version := string(id[1])
 	major, rest, _ := strings.Cut(release, ".")
 	minor, _, _ := strings.Cut(rest, ".")
@@ -194,6 +221,11 @@ func FindSource(release string) (string, error) {
 	}
 	defer unlock()
 	dir := filepath.Join(cache, name+"_"+version)
+	parts := []string{name + "/arch/x86/kvm", name + "/virt/kvm"}
+	if whole {
+		dir += "_whole"
+		parts = []string{name}
+	}
 	if exists(dir) {
 		return dir, nil
 	}
@@ -213,11 +245,13 @@ func FindSource(release string) (string, error) {
 			release, version, name, cmp.Or(strings.Join(offered, ", "), "none"))
 	}
 	err = unpack(dir, []string{name + "=" + version}, func(root string) error {
-		tarball := filepath.Join(root, "usr/src", name+".tar.xz")
-		if err := run(root, "tar", "-xJf", tarball, "--strip-components=1", name+"/arch/x86/kvm", name+"/virt/kvm"); err != nil {
+		// The kernel has a folder usr as well.
+		pkg := filepath.Join(filepath.Dir(root), "package")
+		if err := errors.Join(os.Rename(root, pkg), os.Mkdir(root, 0o755)); err != nil {
 			return err
 		}
-		return os.RemoveAll(filepath.Join(root, "usr"))
+		tarball := filepath.Join(pkg, "usr/src", name+".tar.xz")
+		return run(root, "tar", append([]string{"-xJf", tarball, "--strip-components=1"}, parts...)...)
 	})
 	if err != nil {
 		return "", fmt.Errorf("fetch %s %s: %w", name, version, err)

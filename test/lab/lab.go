@@ -84,6 +84,10 @@ type Result struct {
 	Console string        // path of the kernel's console log
 	Boot    time.Duration // from power-on to the command's start
 	Command time.Duration // the command's run time
+
+	// Complaint is what the kernel wrote to the console from where it found something wrong with itself: a warning, a
+	// report of KASAN or lockdep, a panic. It is empty where the kernel is content.
+	Complaint string
 }
 
 // ExitError is a command's exit status other than 0.
@@ -131,7 +135,8 @@ func Run(ctx context.Context, c Config) (Result, error) {
 	err = m.power(ctx)
 	ended := time.Now()
 
-	r := Result{Console: m.console()}
+	complaint, end := m.complaint()
+	r := Result{Console: m.console(), Complaint: complaint}
 	if !m.port.started.IsZero() {
 		r.Boot = m.port.started.Sub(started)
 		r.Command = cmp.Or(m.port.ended, ended).Sub(m.port.started)
@@ -142,7 +147,8 @@ func Run(ctx context.Context, c Config) (Result, error) {
 		if cause == nil {
 			cause = errors.New("went down without an exit status")
 		}
-		return r, fmt.Errorf("lab machine %s, kernel %s: %w\n%s", c.Name, kernel.Release, cause, m.lastWords())
+		return r, fmt.Errorf("lab machine %s, kernel %s: %w\nconsole log %s says:\n  %s",
+			c.Name, kernel.Release, cause, r.Console, cmp.Or(complaint, end))
 	case m.port.err != nil:
 		return r, fmt.Errorf("output of the command: %w", m.port.err)
 	case m.port.status != 0:
@@ -350,10 +356,26 @@ func (m *machine) cmdline() string {
 	return "console=ttyS0 panic=-1 oops=panic panic_on_warn=1 " + m.Config.Cmdline
 }
 
+// KVM on a real-time kernel wants a TSC of constant rate; and one that it does not trust it sets anew when a vCPU's thread
+// runs again, so that a kernel whose threads are preempted right after an exit, as the debug kernel's are, cannot tell when
+// that exit was. QEMU's own CPU has a constant TSC and may not say so, unless all that is asked for is forced upon it: then
+// what it lacks must not be asked for.
+const (
+	cpu         = "EPYC,+svm,-avx,-avx2,-f16c"
+	constantTSC = ",x-force-features=on,+invtsc,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec"
+)
+
+func (m *machine) cpu() string {
+	if release := m.kernel.Release; strings.Contains(release, "-rt-") || strings.HasSuffix(release, "-debug") {
+		return cpu + constantTSC
+	}
+	return cpu
+}
+
 func (m *machine) qemu(ctx context.Context) error {
 	args := []string{
 		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
-		"-machine", "pc", "-cpu", "EPYC,+svm,-avx,-avx2,-f16c",
+		"-machine", "pc", "-cpu", m.cpu(),
 		"-accel", m.Accel, "-smp", strconv.Itoa(m.CPUs), "-m", strconv.Itoa(m.Memory),
 		"-kernel", m.kernel.Image(), "-initrd", m.initramfs(), "-append", m.cmdline(),
 		"-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
@@ -392,21 +414,19 @@ func runBound(cmd *exec.Cmd) error {
 	return cmd.Run()
 }
 
-// bad is how a kernel begins to tell what killed it.
-var bad = regexp.MustCompile(`Kernel panic|BUG:|WARNING: CPU|Oops:|general protection fault`)
+// bad is how a kernel begins to tell what killed it, or what it has found wrong with itself.
+var bad = regexp.MustCompile(`Kernel panic|Oops:|general protection fault|\] (?:BUG|WARNING|INFO): |\[ BUG: `)
 
-// lastWords quotes the console: from where the kernel complains, otherwise the end.
-func (m *machine) lastWords() string {
+// complaint quotes the console from where the kernel complains; otherwise it is empty, and end is the console's end.
+func (m *machine) complaint() (complaint, end string) {
 	const most = 40
 	text, err := os.ReadFile(m.console())
 	if err != nil {
-		return err.Error()
+		return "", err.Error()
 	}
 	lines := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(text), "\r", "")), "\n")
 	if i := slices.IndexFunc(lines, bad.MatchString); i >= 0 {
-		lines = lines[i:min(len(lines), i+most)]
-	} else {
-		lines = lines[max(0, len(lines)-most):]
+		complaint = strings.Join(lines[i:min(len(lines), i+most)], "\n  ")
 	}
-	return fmt.Sprintf("console log %s says:\n  %s", m.console(), strings.Join(lines, "\n  "))
+	return complaint, strings.Join(lines[max(0, len(lines)-most):], "\n  ")
 }

@@ -91,6 +91,26 @@ func TestRun(t *testing.T) {
 	}
 }
 
+func TestMissing(t *testing.T) {
+	Require(t, "apt-cache")
+	for _, test := range []struct {
+		name string
+		find func() error
+		want string // part of the error
+	}{
+		{"series", func() error { _, err := Release("6.99-rt"); return err }, "no kernel 6.99-rt"},
+		{"debug kernel", func() error { _, err := FindKernel("6.99-debug"); return err }, "make lab-debug-kernel"},
+		{"headers", func() error { _, err := FindHeaders("6.1.0-1-rt-amd64"); return err }, "no package linux-headers-6.1.0-1-rt-amd64"},
+		{"source of a kernel without headers", func() error { _, err := FindSource("6.1.0-1-amd64", false); return err }, "no package linux-headers-6.1.0-1-amd64"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if err := test.find(); err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("error %v, want one with %q", err, test.want)
+			}
+		})
+	}
+}
+
 // verdictsVar makes TestVerdicts run the tests that fail, in a process of its own.
 const verdictsVar = "VIRTEXIT_LAB_TEST_VERDICTS"
 

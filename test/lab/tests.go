@@ -82,6 +82,9 @@ func RunTests(t *testing.T, c Config, pkg string, buildFlags ...string) {
 	if runErr != nil {
 		t.Errorf("%v\n%s", runErr, root.output.String())
 	}
+	if result.Complaint != "" {
+		t.Errorf("the kernel complains, see %s:\n  %s", result.Console, result.Complaint)
+	}
 }
 
 // buildTests returns the package's directory, where its tests expect to run.

@@ -5,8 +5,9 @@
 //	go run ./test/lab/cmd run [flags] -- COMMAND...   its output and exit status are the command's own
 //	go run ./test/lab/cmd shell [flags]               a root shell on this terminal; exit or Ctrl-A X leaves
 //	go run ./test/lab/cmd kernel [flags]              prints the release that the lab boots, and where it is unpacked
+//	go run ./test/lab/cmd release VERSION             prints the release that a version such as 6.1-rt means
 //	go run ./test/lab/cmd headers RELEASE             prints where modules for the release can be built
-//	go run ./test/lab/cmd source RELEASE              prints where KVM's source of the release is
+//	go run ./test/lab/cmd source [-whole] RELEASE     prints where the source of the release is, KVM's alone or all
 //	go run ./test/lab/cmd guest SCRIPT FILE           writes an initramfs with busybox whose init is the script
 package main
 
@@ -38,13 +39,13 @@ func main() {
 }
 
 func run(args []string) error {
-	const usage = "usage: lab run|shell|kernel|headers|source|guest [flags] [ARGUMENTS]"
+	const usage = "usage: lab run|shell|kernel|release|headers|source|guest [flags] [ARGUMENTS]"
 	if len(args) == 0 {
 		return errors.New(usage)
 	}
 	c := lab.Config{Name: args[0], Output: os.Stdout}
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
-	flags.StringVar(&c.Kernel, "kernel", "", "kernel `series or release`; $"+lab.KernelVar+" or "+lab.DefaultKernel+" by default")
+	flags.StringVar(&c.Kernel, "kernel", "", "kernel `version`: series (6.1, 6.12, 6.1-rt, 6.1-debug) or release; $"+lab.KernelVar+" or "+lab.DefaultKernel+" by default")
 	flags.StringVar((*string)(&c.Emulator), "emulator", string(lab.QEMU), "`qemu` (AMD SVM) or bochs (Intel VMX)")
 	flags.IntVar(&c.CPUs, "cpus", 0, "number of CPUs")
 	flags.IntVar(&c.Memory, "memory", 0, "memory in MiB")
@@ -53,6 +54,7 @@ func run(args []string) error {
 	flags.Func("file", "`file` of the host for a machine that does not see the host; repeatable", func(s string) error { c.Files = append(c.Files, s); return nil })
 	flags.Func("module", "kernel `module` for such a machine; repeatable", func(s string) error { c.Modules = append(c.Modules, s); return nil })
 	flags.DurationVar(&c.Timeout, "timeout", 0, "time limit, boot included")
+	whole := flags.Bool("whole", false, "the whole kernel's source")
 	if err := flags.Parse(args[1:]); err != nil {
 		return flag.ErrHelp
 	}
@@ -73,6 +75,15 @@ func run(args []string) error {
 			fmt.Println(k.Release, k.Dir)
 		}
 		return err
+	case "release":
+		if len(c.Command) != 1 {
+			return errors.New("usage: lab release VERSION")
+		}
+		release, err := lab.Release(c.Command[0])
+		if err == nil {
+			fmt.Println(release)
+		}
+		return err
 	case "headers":
 		if len(c.Command) != 1 {
 			return errors.New("usage: lab headers RELEASE")
@@ -84,9 +95,9 @@ func run(args []string) error {
 		return err
 	case "source":
 		if len(c.Command) != 1 {
-			return errors.New("usage: lab source RELEASE")
+			return errors.New("usage: lab source [-whole] RELEASE")
 		}
-		dir, err := lab.FindSource(c.Command[0])
+		dir, err := lab.FindSource(c.Command[0], *whole)
 		if err == nil {
 			fmt.Println(dir)
 		}

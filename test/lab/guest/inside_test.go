@@ -5,6 +5,7 @@
 package guest
 
 import (
+	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
@@ -145,6 +146,40 @@ func TestOps(t *testing.T) {
 				t.Errorf("KVM's statistics count %d exits, want at least %d", sum, want)
 			}
 		})
+	}
+}
+
+func TestFresh(t *testing.T) {
+	vm := newVM(t, 1)
+	v := vm.VCPUs[0]
+	run(t, v, Program{})
+	touch := Program{Ops: []Op{Touch(8, FreshPages)}}
+	for i, want := range []int{FreshPages, 0, FreshPages} {
+		if want > 0 {
+			if err := vm.Fresh(); err != nil {
+				t.Fatal(err)
+			}
+			run(t, v, Program{}) // KVM may map the code's page anew
+		}
+		got := exits(t, func() { run(t, v, touch) })[v.TID()][svmNPF]
+		if got != want {
+			t.Errorf("round %d: %d page faults, want %d", i, got, want)
+		}
+	}
+}
+
+func TestEventPort(t *testing.T) {
+	vm := newVM(t, 1)
+	event, err := vm.EventPort(0x5f0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer event.Close()
+	const want = 500
+	run(t, vm.VCPUs[0], Program{Ops: []Op{Out(0x5f0, want), Out(0x5f1, 10)}})
+	var got uint64
+	if err := binary.Read(event, binary.NativeEndian, &got); err != nil || got != want {
+		t.Errorf("%d events and error %v, want %d", got, err, want)
 	}
 }
 

@@ -40,6 +40,8 @@ const (
 	kindHypercall Kind = "hypercall"
 	kindRDMSR     Kind = "rdmsr"
 	kindMMIO      Kind = "mmio"
+	kindTouch     Kind = "touch"
+	kindReadCR0   Kind = "cr0"
 	kindSpin      Kind = "spin"
 )
 
@@ -65,14 +67,21 @@ func RDMSR(msr, n uint32) Op { return Op{Kind: kindRDMSR, Arg: msr, N: n} }
 // MMIO writes a byte to a guest-physical address below 0xf0000. A VM of this package has no memory there.
 func MMIO(addr, n uint32) Op { return Op{Kind: kindMMIO, Arg: addr, N: n} }
 
+// Touch writes a byte to each of n pages of 4 KiB, from a guest-physical address below 0xf0000 on. KVM maps a page when it
+// is touched first, see VM.Fresh.
+func Touch(addr, n uint32) Op { return Op{Kind: kindTouch, Arg: addr, N: n} }
+
+// ReadCR0 reads the control register, which AMD's CPUs intercept for KVM, with exit code 0.
+func ReadCR0(n uint32) Op { return Op{Kind: kindReadCR0, N: n} }
+
 // Spin counts down from n, which causes no exit.
 func Spin(n uint32) Op { return Op{Kind: kindSpin, N: n} }
 
 // operands tells for each kind whether Parse wants an argument: never, optionally (0 where absent), always.
 var operands = map[Kind]struct{ min, max int }{
 	kindCPUID: {0, 1}, kindHypercall: {0, 1},
-	kindOut: {1, 1}, kindIn: {1, 1}, kindRDMSR: {1, 1}, kindMMIO: {1, 1},
-	kindHLT: {}, kindSpin: {},
+	kindOut: {1, 1}, kindIn: {1, 1}, kindRDMSR: {1, 1}, kindMMIO: {1, 1}, kindTouch: {1, 1},
+	kindHLT: {}, kindReadCR0: {}, kindSpin: {},
 }
 
 // Parse reads ops from text such as "cpuid:10000,cpuid:0x1:5,out:0x80:500,hlt:20": the name, the argument if it has one,
@@ -200,12 +209,24 @@ func (op Op) instructions(vendor Vendor) (before, body []byte, err error) {
 		return nil, join([]byte{0x66, 0xb8}, arg32, call), nil
 	case kindRDMSR: // mov ecx, msr; rdmsr
 		return join([]byte{0x66, 0xb9}, arg32), []byte{0x0f, 0x32}, nil
-	case kindMMIO: // mov ax, segment; mov ds, ax; mov [offset], al
-		if op.Arg >= romAddr {
+	case kindMMIO, kindTouch: // mov ax, segment; mov ds, ax; mov [offset], al
+		const page = 0x1000
+		end := uint64(op.Arg)
+		if op.Kind == kindTouch && op.N > 0 {
+			end += (uint64(op.N) - 1) * page
+		}
+		if end >= romAddr {
 			return nil, nil, fmt.Errorf("address not below %#x", romAddr)
 		}
 		segment, offset := op.Arg>>4, op.Arg&15
-		return []byte{0xb8, byte(segment), byte(segment >> 8), 0x8e, 0xd8}, []byte{0xa2, byte(offset), 0}, nil
+		before = []byte{0xb8, byte(segment), byte(segment >> 8), 0x8e, 0xd8}
+		body = []byte{0xa2, byte(offset), 0}
+		if op.Kind == kindTouch { // mov ax, ds; add ax, page's segments; mov ds, ax
+			body = append(body, 0x8c, 0xd8, 0x05, 0, page>>4>>8, 0x8e, 0xd8)
+		}
+		return before, body, nil
+	case kindReadCR0:
+		return nil, []byte{0x0f, 0x20, 0xc0}, nil
 	case kindSpin:
 		return nil, nil, nil
 	}

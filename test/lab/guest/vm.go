@@ -17,24 +17,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// VM is a virtual machine of KVM without interrupt controller: 64 KiB of memory for its programs, and vCPUs.
+// VM is a virtual machine of KVM: 64 KiB of memory for its programs, and vCPUs.
 type VM struct {
 	VCPUs []*VCPU
 
 	vendor Vendor
+	apic   bool
 	fd     *os.File
 	memory []byte
+	fresh  []byte // see Fresh; nil before
 }
 
 // VCPU is a virtual CPU with an operating system thread of its own, which lives from NewVM to Close, be a program
 // running or not.
 type VCPU struct {
-	vm   *VM
-	base int // of its programs in the VM's memory
-	size int
-	fd   *os.File
-	run  []byte // struct kvm_run, shared with the kernel
-	tid  int
+	// Handle, where it is set, is called on the thread each time that a program leaves KVM_RUN, but when it has come to its
+	// end. The program goes on when it returns nil. It is not to be changed while a program runs.
+	Handle func(Return) error
+
+	vm    *VM
+	base  int // of its programs in the VM's memory
+	size  int
+	fd    *os.File
+	stats *os.File
+	run   []byte // struct kvm_run, shared with the kernel
+	tid   int
 
 	start chan func() error
 	ended chan error
@@ -50,6 +57,7 @@ const (
 	kvmSetUserMemoryRegion = 0x4020ae46
 	kvmSetTSSAddr          = 0xae47
 	kvmSetIdentityMapAddr  = 0x4008ae48
+	kvmIOEventFD           = 0x4040ae79
 	kvmRun                 = 0xae80
 	kvmGetRegs             = 0x8090ae81
 	kvmSetRegs             = 0x4090ae82
@@ -60,6 +68,7 @@ const (
 	exitIO   = 2
 	exitHLT  = 5
 	exitMMIO = 6
+	exitIntr = 10
 
 	runImmediateExit = 1 // offsets in struct kvm_run
 	runExitReason    = 8
@@ -72,6 +81,14 @@ type memoryRegion struct {
 	guestAddr, size, memoryAddr uint64
 }
 
+type ioEventFD struct {
+	match, addr uint64
+	size        uint32
+	fd          int32
+	flags       uint32
+	_           [36]byte
+}
+
 type segment struct {
 	base     uint64
 	limit    uint32
@@ -80,8 +97,17 @@ type segment struct {
 }
 
 type sregs struct {
-	cs segment
-	_  [288]byte
+	cs  segment
+	_   [4]segment
+	ss  segment
+	_   [2]segment
+	_   [16]byte
+	idt struct {
+		base  uint64
+		limit uint16
+		_     [6]byte
+	}
+	_ [88]byte
 }
 
 type regs struct {
@@ -90,8 +116,10 @@ type regs struct {
 	rip, rflags                            uint64
 }
 
-// NewVM makes a VM whose vCPU threads wait for programs.
-func NewVM(vcpus int) (*VM, error) {
+// NewVM makes a VM without interrupt controller, whose vCPU threads wait for programs.
+func NewVM(vcpus int) (*VM, error) { return makeVM(vcpus, false) }
+
+func makeVM(vcpus int, apic bool) (*VM, error) {
 	vendor, err := HostVendor()
 	if err != nil {
 		return nil, err
@@ -101,7 +129,7 @@ func NewVM(vcpus int) (*VM, error) {
 		return nil, err
 	}
 	defer kvm.Close()
-	vm := &VM{vendor: vendor}
+	vm := &VM{vendor: vendor, apic: apic}
 	if err := vm.init(kvm, vcpus); err != nil {
 		return nil, errors.Join(err, vm.Close())
 	}
@@ -126,9 +154,13 @@ func (vm *VM) init(kvm *os.File, vcpus int) error {
 	if err != nil {
 		return fmt.Errorf("guest memory: %w", err)
 	}
-	region := memoryRegion{guestAddr: romAddr, size: romSize, memoryAddr: uint64(uintptr(unsafe.Pointer(&vm.memory[0])))}
-	if err := ioctlPtr(vm.fd, "KVM_SET_USER_MEMORY_REGION", kvmSetUserMemoryRegion, unsafe.Pointer(&region)); err != nil {
+	if err := vm.setMemory(0, romAddr, vm.memory, romSize); err != nil {
 		return err
+	}
+	if vm.apic {
+		if _, err := ioctl(vm.fd, "KVM_CREATE_IRQCHIP", kvmCreateIRQChip, 0); err != nil {
+			return err
+		}
 	}
 	size, err := ioctl(kvm, "KVM_GET_VCPU_MMAP_SIZE", kvmGetVCPUMmapSize, 0)
 	if err != nil {
@@ -148,8 +180,11 @@ func (vm *VM) init(kvm *os.File, vcpus int) error {
 		}
 		v.run, err = unix.Mmap(int(v.fd.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 		if err != nil {
-			v.fd.Close()
-			return fmt.Errorf("map kvm_run: %w", err)
+			return errors.Join(fmt.Errorf("map kvm_run: %w", err), v.fd.Close())
+		}
+		// Now, for KVM makes one wait while the vCPU runs.
+		if v.stats, err = create(v.fd, "KVM_GET_STATS_FD", kvmGetStatsFD, 0); err != nil {
+			return errors.Join(err, unix.Munmap(v.run), v.fd.Close())
 		}
 		vm.VCPUs = append(vm.VCPUs, v)
 		tid := make(chan int)
@@ -159,6 +194,54 @@ func (vm *VM) init(kvm *os.File, vcpus int) error {
 	return nil
 }
 
+func (vm *VM) setMemory(slot uint32, addr uint64, memory []byte, size int) error {
+	region := memoryRegion{slot: slot, guestAddr: addr, size: uint64(size), memoryAddr: uint64(uintptr(unsafe.Pointer(&memory[0])))}
+	return ioctlPtr(vm.fd, "KVM_SET_USER_MEMORY_REGION", kvmSetUserMemoryRegion, unsafe.Pointer(&region))
+}
+
+// FreshPages is how many pages of 4 KiB Fresh gives.
+const FreshPages = 128
+
+// Fresh gives the VM memory at address 0: pages that the host has and that KVM has not mapped, so that the first touch of
+// each exits, and nothing but KVM handles it. Called again, it has KVM forget the pages. No program may be running.
+func (vm *VM) Fresh() error {
+	const slot, addr, size = 1, 0, FreshPages * 4096
+	if vm.fresh != nil {
+		if err := vm.setMemory(slot, addr, vm.fresh, 0); err != nil {
+			return err
+		}
+		return vm.setMemory(slot, addr, vm.fresh, size)
+	}
+	var err error
+	vm.fresh, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return fmt.Errorf("guest memory: %w", err)
+	}
+	// The kernel would make large pages of small ones in its own time.
+	for _, advice := range []int{unix.MADV_NOHUGEPAGE, unix.MADV_POPULATE_WRITE} {
+		if err := unix.Madvise(vm.fresh, advice); err != nil {
+			return fmt.Errorf("guest memory: %w", err)
+		}
+	}
+	return vm.setMemory(slot, addr, vm.fresh, size)
+}
+
+// EventPort has KVM itself handle bytes written to an I/O port, as those with which a guest calls a virtio device: it adds
+// 1 to the eventfd returned. That is the caller's to close.
+func (vm *VM) EventPort(port uint16) (*os.File, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	event := os.NewFile(uintptr(fd), "eventfd")
+	const pio = 1 << 1
+	request := ioEventFD{addr: uint64(port), size: 1, fd: int32(fd), flags: pio}
+	if err := ioctlPtr(vm.fd, "KVM_IOEVENTFD", kvmIOEventFD, unsafe.Pointer(&request)); err != nil {
+		return nil, errors.Join(err, event.Close())
+	}
+	return event, nil
+}
+
 // Close stops what runs, ends the vCPU threads and frees the VM.
 func (vm *VM) Close() error {
 	var errs []error
@@ -166,14 +249,16 @@ func (vm *VM) Close() error {
 		v.Stop()
 		close(v.start)
 		<-v.dead
-		errs = append(errs, unix.Munmap(v.run), v.fd.Close())
+		errs = append(errs, unix.Munmap(v.run), v.stats.Close(), v.fd.Close())
 	}
 	vm.VCPUs = nil
 	if vm.fd != nil {
 		errs = append(errs, vm.fd.Close())
 	}
-	if vm.memory != nil {
-		errs = append(errs, unix.Munmap(vm.memory))
+	for _, memory := range [][]byte{vm.memory, vm.fresh} {
+		if memory != nil {
+			errs = append(errs, unix.Munmap(memory))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -221,15 +306,10 @@ func (v *VCPU) Least() (uint32, error) {
 	return uint32(r.rbp), nil
 }
 
-// Stats reads KVM's own statistics of the vCPU by name, such as "exits". Of a histogram it gives the first bucket.
+// Stats reads KVM's own statistics of the vCPU by name, such as "exits", whether it runs or not. Of a histogram it gives the first bucket.
 func (v *VCPU) Stats() (map[string]uint64, error) {
-	fd, err := create(v.fd, "KVM_GET_STATS_FD", kvmGetStatsFD, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer fd.Close()
 	var header struct{ Flags, NameSize, Descs, IDAt, DescsAt, DataAt uint32 }
-	if err := binary.Read(io.NewSectionReader(fd, 0, 24), binary.NativeEndian, &header); err != nil {
+	if err := binary.Read(io.NewSectionReader(v.stats, 0, 24), binary.NativeEndian, &header); err != nil {
 		return nil, fmt.Errorf("statistics: %w", err)
 	}
 	stats := map[string]uint64{}
@@ -243,11 +323,11 @@ func (v *VCPU) Stats() (map[string]uint64, error) {
 		name := make([]byte, header.NameSize)
 		var value uint64
 		size := int64(16 + header.NameSize)
-		at := io.NewSectionReader(fd, int64(header.DescsAt)+int64(i)*size, size)
+		at := io.NewSectionReader(v.stats, int64(header.DescsAt)+int64(i)*size, size)
 		err := errors.Join(
 			binary.Read(at, binary.NativeEndian, &desc),
 			binary.Read(at, binary.NativeEndian, name),
-			binary.Read(io.NewSectionReader(fd, int64(header.DataAt+desc.Offset), 8), binary.NativeEndian, &value))
+			binary.Read(io.NewSectionReader(v.stats, int64(header.DataAt+desc.Offset), 8), binary.NativeEndian, &value))
 		if err != nil {
 			return nil, fmt.Errorf("statistics: %w", err)
 		}
@@ -279,8 +359,8 @@ func (v *VCPU) execute(p Program) error {
 	if err != nil {
 		return err
 	}
-	if len(code) > v.size {
-		return fmt.Errorf("program takes %d bytes, more than %d", len(code), v.size)
+	if room := v.size - wakeSize; len(code) > room {
+		return fmt.Errorf("program takes %d bytes, more than %d", len(code), room)
 	}
 	copy(v.vm.memory[v.base:], code)
 	var s sregs
@@ -288,32 +368,44 @@ func (v *VCPU) execute(p Program) error {
 		return err
 	}
 	s.cs.base, s.cs.selector = romAddr, romSegment
+	if v.vm.apic {
+		if err := v.acceptWake(&s); err != nil {
+			return err
+		}
+	}
 	if err := ioctlPtr(v.fd, "KVM_SET_SREGS", kvmSetSregs, unsafe.Pointer(&s)); err != nil {
 		return err
 	}
-	r := regs{rip: uint64(v.base), rflags: 2}
+	r := regs{rip: uint64(v.base), rsp: v.stack(), rflags: 2}
 	if err := ioctlPtr(v.fd, "KVM_SET_REGS", kvmSetRegs, unsafe.Pointer(&r)); err != nil {
 		return err
 	}
-	for !v.stop.Load() {
-		_, err := ioctl(v.fd, "KVM_RUN", kvmRun, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
+	for {
+		reason := uint32(exitIntr)
+		if _, err := ioctl(v.fd, "KVM_RUN", kvmRun, 0); err == nil {
+			reason = binary.NativeEndian.Uint32(v.run[runExitReason:])
+		} else if !errors.Is(err, unix.EINTR) {
 			return err
 		}
-		switch reason := binary.NativeEndian.Uint32(v.run[runExitReason:]); reason {
+		switch reason {
 		case exitIO:
 			if binary.NativeEndian.Uint16(v.run[runIOPort:]) == EndPort {
 				return nil
 			}
-		case exitHLT, exitMMIO:
+		case exitHLT, exitMMIO, exitIntr:
 		default:
 			return fmt.Errorf("KVM_RUN: exit reason %d, detail % x", reason, v.run[runUnion:runUnion+16])
 		}
+		if v.Handle != nil {
+			if err := v.Handle(Return(reason)); err != nil {
+				return err
+			}
+		}
+		// Not between an exit and its end, which KVM_RUN has to come back for.
+		if reason == exitIntr && v.stop.Load() {
+			return nil
+		}
 	}
-	return nil
 }
 
 // create is an ioctl that returns a file. A signal can interrupt it: those of Go's runtime do.

@@ -120,6 +120,18 @@ func (g *Guest) Run(vcpu int, program string) error {
 // Close ends the process and returns when it is gone. It may be called again.
 func (g *Guest) Close() error { return g.close() }
 
+// Kill ends the process at once, whatever its vCPUs do, and returns when it is gone.
+func (g *Guest) Kill() error {
+	if err := g.cmd.Process.Kill(); err != nil {
+		return err
+	}
+	var killed *exec.ExitError
+	if err := g.Close(); err != nil && !errors.As(err, &killed) {
+		return err
+	}
+	return nil
+}
+
 // serve is the process.
 func serve(vcpus string, in io.Reader, out io.Writer) error {
 	n, err := strconv.Atoi(vcpus)

@@ -2,13 +2,12 @@
 
 // Package inside is what tests that run in the lab's machine share. They run
 // as root in a package folder three levels below the module's root, next to
-// the modules in build/kmod.
+// the modules in build/kmod and build/kvm-patch.
 package inside
 
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -21,7 +20,8 @@ import (
 
 // Vendor is what differs between CPUs.
 type Vendor struct {
-	Module string // KVM's
+	Module string   // KVM's
+	Needs  []string // modules that it and kvm.ko need
 	ISA    exitreason.ISA
 	Codes  map[string]uint32 // op of a guest program -> exit code
 }
@@ -34,10 +34,10 @@ func Host(t testing.TB) Vendor {
 		t.Fatal(err)
 	}
 	if v == guest.Intel {
-		return Vendor{"kvm_intel", exitreason.VMX, map[string]uint32{
+		return Vendor{"kvm_intel", []string{"irqbypass"}, exitreason.VMX, map[string]uint32{
 			"cpuid": 10, "io": 30, "hlt": 12, "hypercall": 18, "rdmsr": 31, "mmio": 48}}
 	}
-	return Vendor{"kvm_amd", exitreason.SVM, map[string]uint32{
+	return Vendor{"kvm_amd", []string{"irqbypass", "ccp"}, exitreason.SVM, map[string]uint32{
 		"cpuid": 0x72, "io": 0x7b, "hlt": 0x78, "hypercall": 0x81, "rdmsr": 0x7c, "mmio": 0x400}}
 }
 
@@ -49,14 +49,6 @@ func Release(t testing.TB) string {
 		t.Fatal(err)
 	}
 	return unix.ByteSliceToString(u.Release[:])
-}
-
-// LoadKVM has KVM loaded.
-func LoadKVM(t testing.TB) {
-	t.Helper()
-	if out, err := exec.Command("modprobe", Host(t).Module).CombinedOutput(); err != nil {
-		t.Fatalf("modprobe %s: %v\n%s", Host(t).Module, err, out)
-	}
 }
 
 // Load has virtexit.ko loaded anew with the given parameters, and KVM, until
@@ -72,7 +64,11 @@ func Load(t testing.TB, params string) {
 // Insert loads virtexit.ko; one that is there already is left alone.
 func Insert(t testing.TB, params string) {
 	t.Helper()
-	path := filepath.Join("../../../build/kmod", Release(t), "virtexit.ko")
+	insert(t, filepath.Join("../../../build/kmod", Release(t), "virtexit.ko"), params)
+}
+
+func insert(t testing.TB, path, params string) {
+	t.Helper()
 	f, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)

@@ -24,7 +24,7 @@ import (
 
 func TestMain(m *testing.M) { inside.Main(m) }
 
-func open(t testing.TB, level source.Level) *kmod.Source {
+func open(t testing.TB, level snapshot.Level) *kmod.Source {
 	t.Helper()
 	s, err := kmod.Open()
 	if err != nil {
@@ -98,7 +98,7 @@ func scale(t testing.TB, n int) int {
 func TestExactCounts(t *testing.T) {
 	inside.Load(t, "")
 	codes := inside.Host(t).Codes
-	for _, level := range []source.Level{source.Count, source.Time} {
+	for _, level := range []snapshot.Level{snapshot.Count, snapshot.Time} {
 		t.Run(fmt.Sprint("level ", level), func(t *testing.T) {
 			s := open(t, level)
 			vm := newVM(t, 1)
@@ -144,17 +144,17 @@ func TestExactCounts(t *testing.T) {
 					for _, h := range r.Hist {
 						timed += h
 					}
-					if level == source.Time && r.Count > 1 && (r.Time == 0 || r.Max == 0 || r.Max > r.Time) {
+					if level == snapshot.Time && r.Count > 1 && (r.Time == 0 || r.Max == 0 || r.Max > r.Time) {
 						t.Errorf("row %#x: count %d, time %d, max %d", r.Code, r.Count, r.Time, r.Max)
 					}
 				}
 				switch {
-				case level == source.Count && (timed != 0 || slot.GuestTime != 0):
-					t.Errorf("timed %d, guest time %d at level count", timed, slot.GuestTime)
-				case level == source.Time && timed+1 != slot.Exits():
+				case level == snapshot.Count && (timed != 0 || slot.Times.Guest != 0):
+					t.Errorf("timed %d, guest time %d at level count", timed, slot.Times.Guest)
+				case level == snapshot.Time && timed+1 != slot.Exits():
 					// The last exit ended the program and had no entry after it.
 					t.Errorf("timed %d of %d exits, want all but the last", timed, slot.Exits())
-				case level == source.Time && slot.GuestTime == 0:
+				case level == snapshot.Time && slot.Times.Guest == 0:
 					t.Error("no guest time at level time")
 				}
 			}
@@ -164,7 +164,7 @@ func TestExactCounts(t *testing.T) {
 
 func TestNeverMixed(t *testing.T) {
 	inside.Load(t, "")
-	s := open(t, source.Time)
+	s := open(t, snapshot.Time)
 	a, b := newVM(t, 2), newVM(t, 2)
 	want := map[int]int{}
 	for i, v := range []*guest.VCPU{a.VCPUs[0], a.VCPUs[1], b.VCPUs[0], b.VCPUs[1]} {
@@ -193,7 +193,7 @@ func TestNeverMixed(t *testing.T) {
 
 func TestLevelsLoseNothing(t *testing.T) {
 	inside.Load(t, "")
-	s := open(t, source.Count)
+	s := open(t, snapshot.Count)
 	vm := newVM(t, 1)
 	const n = 40000
 	p, err := guest.Parse(fmt.Sprintf("cpuid:%d", n))
@@ -205,7 +205,7 @@ func TestLevelsLoseNothing(t *testing.T) {
 	go func() { done <- vm.VCPUs[0].Wait() }()
 	changes := 0
 	for running := true; running; changes++ {
-		if err := s.SetLevel(source.Level(1 + changes%2)); err != nil {
+		if err := s.SetLevel(snapshot.Count + snapshot.Level(changes%3)); err != nil {
 			t.Fatal(err)
 		}
 		select {
@@ -235,7 +235,7 @@ func TestLevelsLoseNothing(t *testing.T) {
 
 func TestRetireAndRelease(t *testing.T) {
 	inside.Load(t, "")
-	s := open(t, source.Time)
+	s := open(t, snapshot.Time)
 	vm := newVM(t, 1)
 	run(t, vm.VCPUs[0], "cpuid:321")
 	tid := vm.VCPUs[0].TID()
@@ -279,19 +279,19 @@ func TestRetireAndRelease(t *testing.T) {
 
 func TestOffRetiresAll(t *testing.T) {
 	inside.Load(t, "")
-	s := open(t, source.Time)
+	s := open(t, snapshot.Time)
 	vm := newVM(t, 2)
 	for _, v := range vm.VCPUs {
 		run(t, v, "cpuid:100")
 	}
-	if err := s.SetLevel(source.Off); err != nil {
+	if err := s.SetLevel(snapshot.Off); err != nil {
 		t.Fatal(err)
 	}
 	info, err := s.Info()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if info.Level != source.Off || info.Hook != "none" || info.SlotsLive != 0 || info.SlotsRetired != 2 {
+	if info.Level != snapshot.Off || info.Hook != "none" || info.SlotsLive != 0 || info.SlotsRetired != 2 {
 		t.Errorf("after off: %+v", info)
 	}
 	total := snap(t, s).Exits()
@@ -301,7 +301,7 @@ func TestOffRetiresAll(t *testing.T) {
 	if got := snap(t, s).Exits(); got != total {
 		t.Errorf("counted %d exits while off", got-total)
 	}
-	if err := s.SetLevel(source.Time); err != nil {
+	if err := s.SetLevel(snapshot.Time); err != nil {
 		t.Fatal(err)
 	}
 	run(t, vm.VCPUs[0], "cpuid:100")
@@ -312,7 +312,7 @@ func TestOffRetiresAll(t *testing.T) {
 
 func TestPoolExhausted(t *testing.T) {
 	inside.Load(t, "slots=1")
-	s := open(t, source.Time)
+	s := open(t, snapshot.Time)
 	vm := newVM(t, 2)
 	run(t, vm.VCPUs[0], "cpuid:100")
 	before := snap(t, s)
@@ -346,7 +346,7 @@ func TestUnloadUnderLoad(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.SetLevel(source.Time); err != nil {
+		if err := s.SetLevel(snapshot.Time); err != nil {
 			t.Fatal(err)
 		}
 		inside.Eventually(t, "exits are counted", 5*time.Second, func() bool { return snap(t, s).Exits() > 100 })
@@ -358,7 +358,7 @@ func TestUnloadUnderLoad(t *testing.T) {
 
 func TestKVMReload(t *testing.T) {
 	inside.Load(t, "")
-	s := open(t, source.Time)
+	s := open(t, snapshot.Time)
 	for range 3 {
 		inside.Remove(t, inside.Host(t).Module)
 		inside.Remove(t, "kvm")
@@ -366,7 +366,7 @@ func TestKVMReload(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if info.KVM || info.Level != source.Off || info.ISA != exitreason.None {
+		if info.KVM || info.Level != snapshot.Off || info.ISA != exitreason.None {
 			t.Errorf("without KVM: %+v", info)
 		}
 		inside.LoadKVM(t)
@@ -387,7 +387,7 @@ func TestKVMReload(t *testing.T) {
 // KVM refuses the module of the other vendor, which has come by then.
 func TestOtherVendorRefused(t *testing.T) {
 	inside.Load(t, "")
-	s := open(t, source.Time)
+	s := open(t, snapshot.Time)
 	vm := newVM(t, 1)
 	run(t, vm.VCPUs[0], "cpuid:10")
 	other := "kvm_intel"
@@ -413,7 +413,7 @@ func TestOtherVendorRefused(t *testing.T) {
 // what it was.
 func TestExecRetires(t *testing.T) {
 	inside.Load(t, "")
-	s := open(t, source.Time)
+	s := open(t, snapshot.Time)
 	child, err := os.StartProcess("/proc/self/exe", []string{"kernel", "-test.run=^TestRunAndExec$"}, &os.ProcAttr{
 		Env: append(os.Environ(), "VIRTEXIT_TEST_RUN_AND_EXEC=1"), Files: []*os.File{nil, os.Stdout, os.Stderr}})
 	if err != nil {
@@ -464,18 +464,18 @@ func TestLeaseDiesWithItsProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	level := func() source.Level {
+	level := func() snapshot.Level {
 		info, err := watch.Info()
 		if err != nil {
 			t.Fatal(err)
 		}
 		return info.Level
 	}
-	inside.Eventually(t, "the child's lease is in force", 20*time.Second, func() bool { return level() == source.Time })
+	inside.Eventually(t, "the child's lease is in force", 20*time.Second, func() bool { return level() == snapshot.Time })
 	if err := child.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	t.Log("off after ", inside.Eventually(t, "the lease ends with its process", time.Second, func() bool { return level() == source.Off }))
+	t.Log("off after ", inside.Eventually(t, "the lease ends with its process", time.Second, func() bool { return level() == snapshot.Off }))
 	if _, err := child.Wait(); err != nil {
 		t.Fatal(err)
 	}
@@ -486,7 +486,7 @@ func TestHoldLease(t *testing.T) {
 	if os.Getenv("VIRTEXIT_TEST_HOLD_LEASE") == "" {
 		return
 	}
-	open(t, source.Time)
+	open(t, snapshot.Time)
 	time.Sleep(time.Minute)
 }
 

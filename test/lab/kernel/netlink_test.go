@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtexit/internal/abi"
-	"virtexit/internal/source"
+	"virtexit/internal/snapshot"
 	"virtexit/test/lab/guest"
 	"virtexit/test/lab/inside"
 )
@@ -110,6 +110,11 @@ func u32(kind uint16, v uint32) []byte {
 	return attr(8, kind, binary.NativeEndian.AppendUint32(nil, v))
 }
 
+func level(tgid uint32, start uint64, level uint32) []byte {
+	return genl(abi.CmdLevel, u32(abi.AttrTGID, tgid),
+		attr(12, abi.AttrStartTime, binary.NativeEndian.AppendUint64(nil, start)), u32(abi.AttrLevel, level))
+}
+
 func nest(kind uint16, attrs ...[]byte) []byte {
 	data := bytes.Join(attrs, nil)
 	return attr(uint16(4+len(data)), kind|unix.NLA_F_NESTED, data)
@@ -123,7 +128,7 @@ func ref(slot, generation uint32) []byte {
 // counted.
 func TestNetlinkGarbage(t *testing.T) {
 	inside.Load(t, "")
-	s := open(t, source.Time)
+	s := open(t, snapshot.Time)
 	vm := newVM(t, 1)
 	n := scale(t, 30000)
 	vm.VCPUs[0].Start(guest.Program{Ops: []guest.Op{guest.CPUID(0, uint32(n))}})
@@ -141,15 +146,21 @@ func TestNetlinkGarbage(t *testing.T) {
 		{"an event as a command", 0, genl(abi.CmdVCPUEvent), unix.EOPNOTSUPP},
 		{"unknown command", 0, genl(200), unix.EOPNOTSUPP},
 		{"dump", unix.NLM_F_DUMP, genl(abi.CmdGet), unix.EOPNOTSUPP},
-		{"attribute of another command", 0, genl(abi.CmdGet, u32(abi.AttrLevel, 1)), unix.EINVAL},
-		{"unknown attribute", 0, genl(abi.CmdLease, u32(abi.AttrLevel, 1), u32(999, 1)), unix.EINVAL},
-		{"attribute longer than the message", 0, genl(abi.CmdLease, attr(400, abi.AttrLevel, []byte{1, 0, 0, 0})), unix.EINVAL},
-		{"attribute shorter than its header", 0, genl(abi.CmdLease, attr(3, abi.AttrLevel, []byte{1, 0, 0, 0})), unix.EINVAL},
-		{"trailing bytes", 0, append(genl(abi.CmdLease, u32(abi.AttrLevel, 1)), 1, 2, 3), unix.EINVAL},
+		{"attribute of another command", 0, genl(abi.CmdGet, u32(abi.AttrLevel, abi.LevelCount)), unix.EINVAL},
+		{"unknown attribute", 0, genl(abi.CmdLease, u32(abi.AttrLevel, abi.LevelCount), u32(999, 1)), unix.EINVAL},
+		{"attribute longer than the message", 0, genl(abi.CmdLease, attr(400, abi.AttrLevel, []byte{2, 0, 0, 0})), unix.EINVAL},
+		{"attribute shorter than its header", 0, genl(abi.CmdLease, attr(3, abi.AttrLevel, []byte{2, 0, 0, 0})), unix.EINVAL},
+		{"trailing bytes", 0, append(genl(abi.CmdLease, u32(abi.AttrLevel, abi.LevelCount)), 1, 2, 3), unix.EINVAL},
 		{"no level", 0, genl(abi.CmdLease), unix.EINVAL},
-		{"level of one byte", 0, genl(abi.CmdLease, attr(5, abi.AttrLevel, []byte{1})), unix.EINVAL},
+		{"level of one byte", 0, genl(abi.CmdLease, attr(5, abi.AttrLevel, []byte{2})), unix.EINVAL},
 		{"level of eight bytes", 0, genl(abi.CmdLease, attr(12, abi.AttrLevel, make([]byte, 8))), unix.EINVAL},
-		{"level too high", 0, genl(abi.CmdLease, u32(abi.AttrLevel, 3)), unix.ERANGE},
+		{"level too high", 0, genl(abi.CmdLease, u32(abi.AttrLevel, abi.LevelRecent+1)), unix.ERANGE},
+		{"level of no process", 0, genl(abi.CmdLevel, u32(abi.AttrLevel, abi.LevelCount)), unix.EINVAL},
+		{"level of a process without start", 0, genl(abi.CmdLevel, u32(abi.AttrTGID, 1), u32(abi.AttrLevel, abi.LevelCount)), unix.EINVAL},
+		{"start of four bytes", 0, genl(abi.CmdLevel, u32(abi.AttrTGID, 1), u32(abi.AttrStartTime, 1)), unix.EINVAL},
+		{"process's level too high", 0, level(1, 1, abi.LevelRecent+1), unix.ERANGE},
+		{"process's level off", 0, level(1, 1, abi.LevelOff), unix.ERANGE},
+		{"process's level without a lease", 0, level(1, 1, abi.LevelCount), unix.ENOENT},
 		{"no slot", 0, genl(abi.CmdRelease), unix.EINVAL},
 		{"slot not nested", 0, genl(abi.CmdRelease, u32(abi.AttrSlotRef, 0)), unix.EINVAL},
 		{"empty reference", 0, genl(abi.CmdRelease, nest(abi.AttrSlotRef)), unix.EINVAL},
@@ -173,7 +184,8 @@ func TestNetlinkGarbage(t *testing.T) {
 	random := rand.New(rand.NewPCG(seed, 0))
 	models := [][]byte{
 		genl(abi.CmdGet),
-		genl(abi.CmdLease, u32(abi.AttrLevel, 1)),
+		genl(abi.CmdLease, u32(abi.AttrLevel, abi.LevelCount)),
+		level(7, 8, abi.LevelRecent),
 		genl(abi.CmdRelease, ref(0, 9), ref(1, 0)),
 		genl(abi.CmdRelease, nest(abi.AttrSlotRef, nest(abi.AttrSlotRef, nest(abi.AttrSlotRef)))),
 		nil,
@@ -211,7 +223,7 @@ func TestNetlinkGarbage(t *testing.T) {
 	if got := counts(sn, vm.VCPUs[0].TID())[inside.Host(t).Codes["cpuid"]]; got != uint64(n) {
 		t.Errorf("%d CPUID exits, want %d", got, n)
 	}
-	if info, err := s.Info(); err != nil || info.Level != source.Time || info.SlotsLive != 1 || info.SlotsRetired != 0 {
+	if info, err := s.Info(); err != nil || info.Level < snapshot.Time || info.SlotsLive != 1 || info.SlotsRetired != 0 {
 		t.Errorf("%+v, %v", info, err)
 	}
 	if sn.Released != 0 {

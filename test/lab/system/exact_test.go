@@ -227,10 +227,11 @@ var (
 	number  any = 0.0
 	text    any = ""
 	null    any = nil
-	vcpu        = map[string]any{"id": number, "tid": number, "exits": number, "guest_ns": number}
-	exit        = map[string]any{"isa": text, "code": number, "reason": text, "count": number, "time_ns": number, "max_ns": number, "p50_ns": number, "p99_ns": number}
-	managed     = map[string]any{"id": number, "name": text, "uuid": text, "tgid": number, "state": text, "since": text, "vcpus": []any{vcpu}, "exits": []any{exit}}
-	alone       = map[string]any{"id": null, "name": text, "uuid": null, "tgid": number, "state": text, "since": text, "vcpus": []any{vcpu}, "exits": []any{exit}}
+	times       = map[string]any{"guest_ns": number, "kvm_ns": number, "user_ns": number, "poll_ns": number, "halted_ns": number, "wait_ns": number, "outside_ns": number}
+	vcpu        = map[string]any{"id": number, "tid": number, "exits": number, "time": times, "guest_ns": number}
+	exit        = map[string]any{"isa": text, "code": number, "reason": text, "count": number, "time_ns": number, "user_ns": number, "max_ns": number, "p50_ns": number, "p99_ns": number}
+	managed     = map[string]any{"id": number, "name": text, "uuid": text, "tgid": number, "state": text, "level": text, "since": text, "wall_ns": number, "span_ns": number, "time": times, "vcpus": []any{vcpu}, "exits": []any{exit}}
+	alone       = map[string]any{"id": null, "name": text, "uuid": null, "tgid": number, "state": text, "level": text, "since": text, "wall_ns": number, "span_ns": number, "time": times, "vcpus": []any{vcpu}, "exits": []any{exit}}
 )
 
 // conforms compares the type of got, and of all that it holds, with that of

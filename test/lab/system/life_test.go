@@ -16,7 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"virtexit/internal/api"
-	"virtexit/internal/source"
+	"virtexit/internal/snapshot"
 	"virtexit/test/lab/inside"
 )
 
@@ -91,7 +91,7 @@ func TestDaemonKilled(t *testing.T) {
 	inside.Eventually(t, "both are counted", 30*time.Second, func() bool {
 		return first.find("on").Count > 100 && first.find(nameOf(t, g)).Count > 1000
 	})
-	if i := info(t, watch); i.Level != source.Time || i.Hook == "none" || i.SlotsLive != 2 {
+	if i := info(t, watch); i.Level != snapshot.Time || i.Hook == "none" || i.SlotsLive != 2 {
 		t.Errorf("while the daemon runs: %+v", i)
 	}
 	before := first.total("on")
@@ -99,7 +99,7 @@ func TestDaemonKilled(t *testing.T) {
 	first.end(syscall.SIGKILL)
 	off := inside.Eventually(t, "the hooks are off", time.Second, func() bool {
 		i := info(t, watch)
-		return i.Level == source.Off && i.Hook == "none" && i.Leases == 0
+		return i.Level == snapshot.Off && i.Hook == "none" && i.Leases == 0
 	})
 	t.Logf("hooks off %v after the daemon's death", off)
 	i := info(t, watch)
@@ -142,9 +142,9 @@ func TestOnAndOff(t *testing.T) {
 	d := start(t, options{})
 	g := newGuest(t, 1)
 	name := nameOf(t, g)
-	check := func(step string, cpuid uint64, level source.Level) api.Domain {
+	check := func(step string, cpuid uint64, level snapshot.Level) api.Domain {
 		t.Helper()
-		if i := info(t, watch); i.Level != level || (i.Hook == "none") != (level == source.Off) {
+		if i := info(t, watch); i.Level != level || (i.Hook == "none") != (level == snapshot.Off) {
 			t.Errorf("%s: %+v", step, i)
 		}
 		got := d.total(name)
@@ -155,7 +155,7 @@ func TestOnAndOff(t *testing.T) {
 		return got
 	}
 	run(t, g, 0, "cpuid:1000")
-	timed := check("on", 1000, source.Time)
+	timed := check("on", 1000, snapshot.Time)
 	if timed.GuestNS == 0 || timed.Exits[0].TimeNS == 0 || timed.Exits[0].MaxNS == nil {
 		t.Errorf("no times: %+v", timed)
 	}
@@ -164,7 +164,7 @@ func TestOnAndOff(t *testing.T) {
 		t.Errorf("%q", out)
 	}
 	run(t, g, 0, "cpuid:200")
-	off := check("off", 1000, source.Off)
+	off := check("off", 1000, snapshot.Off)
 	if r := d.run("list"); r.status != 0 || !strings.Contains(r.stderr, "collection is off") || !strings.Contains(r.stdout, name) {
 		t.Errorf("%+v", r)
 	}
@@ -176,7 +176,7 @@ func TestOnAndOff(t *testing.T) {
 		t.Errorf("%q", out)
 	}
 	run(t, g, 0, "cpuid:30")
-	counted := check("count", 1030, source.Count)
+	counted := check("count", 1030, snapshot.Count)
 	if counted.GuestNS != off.GuestNS {
 		t.Errorf("guest time went from %d to %d at level count", off.GuestNS, counted.GuestNS)
 	}
@@ -192,7 +192,7 @@ func TestOnAndOff(t *testing.T) {
 		t.Errorf("%q", out)
 	}
 	run(t, g, 0, "cpuid:4")
-	if again := check("on again", 1034, source.Time); again.GuestNS <= counted.GuestNS || !again.Since.Equal(*timed.Since) {
+	if again := check("on again", 1034, snapshot.Time); again.GuestNS <= counted.GuestNS || !again.Since.Equal(*timed.Since) {
 		t.Errorf("guest time %d after %d, since %v after %v", again.GuestNS, counted.GuestNS, again.Since, timed.Since)
 	}
 }

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build lab
+
+package kernel
+
+import (
+	"testing"
+	"time"
+
+	"virtexit/internal/exitreason"
+	"virtexit/internal/snapshot"
+	"virtexit/test/lab/guest"
+	"virtexit/test/lab/inside"
+)
+
+// KVM's statistics of halts are a vCPU's, a slot is a thread's, which may run
+// another vCPU of the same number whose statistics begin at 0.
+func TestHaltsOfAnotherVCPU(t *testing.T) {
+	inside.Load(t, "")
+	setHaltPoll(t, 0)
+	s := open(t, snapshot.Time)
+	thread := newVM(t, 1).VCPUs[0]
+	var halted []uint64
+	for _, halts := range []uint32{10, 2} {
+		v := newHaltingVM(t).VCPUs[0]
+		done := make(chan error, 1)
+		go func() { done <- v.RunOn(thread, guest.Program{Ops: []guest.Op{guest.HLT(halts)}}) }()
+		for going := true; going; {
+			select {
+			case err := <-done:
+				if err != nil {
+					t.Fatal(err)
+				}
+				going = false
+			case <-time.After(20 * time.Millisecond):
+				if err := v.Wake(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		sn := snap(t, s)
+		for _, slot := range sn.Slots {
+			if slot.TID == thread.TID() {
+				halted = append(halted, slot.Times.Halted)
+			}
+		}
+	}
+	if len(halted) != 2 || halted[0] == 0 || halted[1] <= halted[0] {
+		t.Errorf("halted %d ticks after each vCPU, want more and more of one slot", halted)
+	}
+}
+
+// The first code that a slot sees is 0, which is also what an empty row says.
+func TestFirstExitOfCode0(t *testing.T) {
+	if inside.Host(t).ISA == exitreason.VMX {
+		t.Skip("machine: no instruction of a guest exits with code 0 on VMX")
+	}
+	inside.Load(t, "")
+	v := newVM(t, 1).VCPUs[0]
+	run(t, v, "cpuid:1")
+	s := open(t, snapshot.Count)
+	run(t, v, "cr0:50,cpuid:3")
+	got := counts(snap(t, s), v.TID())
+	if cpuid := inside.Host(t).Codes["cpuid"]; got[0] != 50 || got[cpuid] != 3 {
+		t.Errorf("counted %v, want 50 of code 0 and 3 of %#x", got, cpuid)
+	}
+}
+
+// A halt that goes on when the level falls is no handling.
+func TestHaltAtFall(t *testing.T) {
+	inside.Load(t, "")
+	setHaltPoll(t, 0)
+	s := open(t, snapshot.Time)
+	v := begun(t, s, newHaltingVM(t))
+	v.during(t, "hlt:1", func() {
+		time.Sleep(time.Second)
+		if err := s.SetLevel(snapshot.Count); err != nil {
+			t.Fatal(err)
+		}
+	})
+	sn := snap(t, s)
+	for _, slot := range sn.Slots {
+		if slot.TID != v.TID() {
+			continue
+		}
+		for _, r := range slot.Rows {
+			if r.Code == inside.Host(t).Codes["hlt"] && duration(r.Time, sn) > 100*time.Millisecond {
+				t.Errorf("HLT was handled for %v", duration(r.Time, sn))
+			}
+		}
+		if halted := duration(slot.Times.Halted, sn); halted < 800*time.Millisecond {
+			t.Errorf("halted for %v, want a second", halted)
+		}
+	}
+}
+
+// A thread leaves KVM_RUN for the vCPU that it ran last, also when the slot of
+// another is not timed.
+func TestLeavesTheVCPUItRan(t *testing.T) {
+	inside.Load(t, "")
+	s := open(t, snapshot.Time)
+	vm := newVM(t, 2)
+	run(t, vm.VCPUs[0], "cpuid:10")
+	if err := s.SetLevel(snapshot.Count); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetLevel(snapshot.Time); err != nil {
+		t.Fatal(err)
+	}
+	var took time.Duration
+	vm.VCPUs[1].Handle = func(guest.Return) error { took += burn(10 * time.Millisecond); return nil }
+	if err := vm.VCPUs[1].RunOn(vm.VCPUs[0], guest.Program{Ops: []guest.Op{guest.Out(0x80, 50), guest.CPUID(0, 1)}}); err != nil {
+		t.Fatal(err)
+	}
+	sn := snap(t, s)
+	for _, slot := range sn.Slots {
+		if slot.TID != vm.VCPUs[0].TID() || slot.VCPU != 1 {
+			continue
+		}
+		if user, kvm := duration(slot.Times.User+slot.Times.Wait, sn), duration(slot.Times.KVM, sn); user < took || kvm > took/2 {
+			t.Errorf("user space had %v, KVM %v; user space says %v", user, kvm, took)
+		}
+		return
+	}
+	t.Error("no slot of vCPU 1")
+}
