@@ -75,7 +75,8 @@
  *
  * At level RECENT, and from when has_recent is set, recent_head counts the exits
  * that have been written to the slot's recent exits, exit i to exits[i % NR_RECENT]. The latest has cycles =
- * VIRTEXIT_PRESENT until the next entry. A reader loads recent_head (acquire),
+ * VIRTEXIT_PRESENT until the next entry, or until the thread dies or its level
+ * falls. A reader loads recent_head (acquire),
  * copies, and loads it again: those from the second value - NR_RECENT + 1 on
  * are whole.
  *

@@ -33,6 +33,10 @@ func LoadKVM(t testing.TB) {
 	build := Build(os.Getenv(KVMVar))
 	loadKVM(t, "kvm", build)
 	loadKVM(t, vendor, build)
+	// libvirt's QEMU is a user of its own, and there is no udev.
+	if err := os.Chmod("/dev/kvm", 0o666); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // ExchangeKVM has KVM loaded anew, kvm.ko and the vendor module each from the
@@ -62,13 +66,14 @@ func patchedDir(t testing.TB) string {
 func loadKVM(t testing.TB, module string, build Build) {
 	t.Helper()
 	names := []string{module}
+	dir := ""
 	if build == Patched {
-		names = Host(t).Needs
+		names, dir = Host(t).Needs, patchedDir(t)
 	}
 	if out, err := exec.Command("modprobe", append([]string{"-a"}, names...)...).CombinedOutput(); err != nil {
 		t.Fatalf("modprobe %s: %v\n%s", names, err, out)
 	}
 	if build == Patched {
-		insert(t, filepath.Join(patchedDir(t), strings.ReplaceAll(module, "_", "-")+".ko"), "")
+		insert(t, filepath.Join(dir, strings.ReplaceAll(module, "_", "-")+".ko"), "")
 	}
 }

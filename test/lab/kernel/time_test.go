@@ -6,6 +6,7 @@ package kernel
 
 import (
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"runtime"
@@ -282,8 +283,12 @@ func TestTimePolling(t *testing.T) {
 	s := open(t, snapshot.Time)
 	v := begun(t, s, newHaltingVM(t))
 	got := v.observe(t, func() { v.during(t, "hlt:1", func() { wakes(t, v.VCPU, 5*time.Millisecond) }) })
-	// KVM polls while nothing else wants the CPU.
-	if runtime.NumCPU() > 1 && got.Poll < got.wall/4 {
+	// KVM polls while nothing else wants the CPU; on real-time kernels much does.
+	least := got.wall / 4
+	if strings.Contains(inside.Release(t), "-rt-") {
+		least = got.wall / 20
+	}
+	if runtime.NumCPU() > 1 && got.Poll < least {
 		t.Errorf("polled for %v of %v", got.Poll, got.wall)
 	}
 	if hlt := got.rows[inside.Host(t).Codes["hlt"]]; hlt.count == 0 || hlt.time > got.wall/4 {
@@ -512,6 +517,7 @@ func TestInterruptsAreNotGuestTime(t *testing.T) {
 			}
 			timers := newTimers(t, v.VCPU)
 			var quiet, loud progress
+			var done float64 // of what the guest gets done, with interrupts
 			for timers.more(enough); ; timers.more(400) {
 				quiet, loud = progress{}, progress{}
 				for range 4 {
@@ -520,25 +526,25 @@ func TestInterruptsAreNotGuestTime(t *testing.T) {
 					timers.set(true)
 					loud.add(t, v)
 				}
-				if loud.loops/loud.wall < 0.5*quiet.loops/quiet.wall {
-					break // enough to tell
-				}
-				if len(timers.ids) >= 10_000 {
-					t.Fatalf("with %d timers the guest makes %.0f loops a second, %.0f without", len(timers.ids), loud.loops/loud.wall, quiet.loops/quiet.wall)
+				done = loud.loops / loud.wall / (quiet.loops / quiet.wall)
+				if done < 0.5 || len(timers.ids) >= 2500 { // more would only expire less often
+					break
 				}
 			}
 			enough = len(timers.ids)
 			t.Logf("quiet: %v; with %d timers: %v", quiet, len(timers.ids), loud)
-			// What it gets done is the measure: were interrupts counted in, its share would be nearly what it was.
-			done := loud.loops / loud.wall / (quiet.loops / quiet.wall)
+			if done > 0.65 {
+				t.Fatal("too few interrupts to tell")
+			}
+			// Were interrupts counted in, the guest would keep its share of time, and this be about 1.
 			share := loud.guest / loud.wall / (quiet.guest / quiet.wall)
-			if share > (done+1)/2 || share < done/2 {
+			if share > math.Sqrt(done) {
 				t.Errorf("interrupts leave the guest %.2f of its time, in which it gets %.2f done", share, done)
 			}
 			shares[c.hook] = share
 		})
 	}
-	if a, b := shares["tracepoint"], shares["patch"]; a > b+0.2 || b > a+0.2 {
+	if a, b := shares["tracepoint"], shares["patch"]; len(shares) == 2 && (a > b+0.2 || b > a+0.2) {
 		t.Errorf("interrupts leave the guest %.2f of its time by the tracepoint, %.2f by the patch", a, b)
 	}
 }
