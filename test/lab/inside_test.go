@@ -29,7 +29,6 @@ func TestInside(t *testing.T) {
 		{"kernel/6.12 SVM", pkg + "kernel", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},
 		{"kernel/6.1 SVM patched", pkg + "kernel", Config{Kernel: "6.1", Env: patched, Timeout: 10 * time.Minute}},
 		{"kernel/6.12 SVM patched", pkg + "kernel", Config{Kernel: "6.12", Env: patched, Timeout: 10 * time.Minute}},
-		{"kernel/6.1-debug SVM", pkg + "kernel", Config{Kernel: "6.1-debug", Timeout: 20 * time.Minute}},
 		{"kernel/6.1-rt SVM", pkg + "kernel", Config{Kernel: "6.1-rt", Timeout: 10 * time.Minute}},
 		{"kernel/6.12-rt SVM", pkg + "kernel", Config{Kernel: "6.12-rt", Timeout: 10 * time.Minute}},
 		{"guest/6.1 SVM", pkg + "guest", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
