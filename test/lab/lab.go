@@ -353,7 +353,11 @@ func (m *machine) script() []byte {
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 func (m *machine) cmdline() string {
-	return "console=ttyS0 panic=-1 oops=panic panic_on_warn=1 " + m.Config.Cmdline
+	cmdline := "console=ttyS0 panic=-1 oops=panic panic_on_warn=1 " + m.Config.Cmdline
+	if m.wantsTSC() {
+		cmdline += " tsc=reliable" // all CPUs have the same one, however long one of them had to wait
+	}
+	return cmdline
 }
 
 // KVM on a real-time kernel wants a TSC of constant rate; and one that it does not trust it sets anew when a vCPU's thread
@@ -365,8 +369,12 @@ const (
 	constantTSC = ",x-force-features=on,+invtsc,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec"
 )
 
+func (m *machine) wantsTSC() bool {
+	return strings.Contains(m.kernel.Release, "-rt-") || strings.HasSuffix(m.kernel.Release, "-debug")
+}
+
 func (m *machine) cpu() string {
-	if release := m.kernel.Release; strings.Contains(release, "-rt-") || strings.HasSuffix(release, "-debug") {
+	if m.wantsTSC() {
 		return cpu + constantTSC
 	}
 	return cpu
