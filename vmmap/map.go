@@ -58,6 +58,7 @@ type key struct {
 type guest struct {
 	name   string // made of the process, for want of a better one
 	args   args
+	where  *Container
 	run    *status // nil when no run directory told of it
 	vcpus  map[int]int
 	seen   time.Time // alive
@@ -196,12 +197,14 @@ func (m *Map) read(pid int) (key, guest, error) {
 	m.mu.Lock()
 	old := m.guests[k]
 	if old != nil && old.read {
-		g.args = old.args
+		g.args, g.where = old.args, old.where
 		m.mu.Unlock()
 		return k, g, nil
 	}
 	m.mu.Unlock()
-	g.args, err = m.proc.args(pid)
+	if g.args, err = m.proc.args(pid); err == nil {
+		g.where, err = m.proc.container(pid)
+	}
 	return k, g, err
 }
 
@@ -218,7 +221,7 @@ func (m *Map) add(k key, g guest) {
 		m.guests[k] = &g
 		return
 	}
-	old.name, old.args, old.seen, old.read = g.name, g.args, g.seen, true
+	old.name, old.args, old.where, old.seen, old.read = g.name, g.args, g.where, g.seen, true
 	old.dead = false
 	if g.run != nil {
 		old.run = g.run
@@ -389,6 +392,8 @@ func (g *guest) identify(k key) {
 		Source: "process",
 		VCPUs:  g.vcpus,
 		Seen:   g.seen,
+
+		Container: g.where,
 	}
 	if g.args.name != "" {
 		d.Name, d.Source = g.args.name, "proc"

@@ -79,7 +79,8 @@ func FuzzStat(f *testing.F) {
 
 func TestParseCmdline(t *testing.T) {
 	const uuid = "11111111-2222-4333-8444-0000000000cc"
-	argv := func(a ...string) string { return strings.Join(append([]string{"qemu"}, a...), "\x00") + "\x00" }
+	other := func(a ...string) string { return strings.Join(a, "\x00") + "\x00" }
+	argv := func(a ...string) string { return other(append([]string{"qemu"}, a...)...) }
 	for _, test := range []struct {
 		name, in string
 		want     args
@@ -104,6 +105,16 @@ func TestParseCmdline(t *testing.T) {
 		{"bad uuid", argv("-uuid", "11111111-2222"), args{}},
 		{"no value", argv("-name"), args{}},
 		{"program called -name", "-name\x00a\x00", args{}},
+		{"Firecracker", other("/usr/bin/firecracker", "--api-sock", "/run/x.sock", "--id", "web-1"), args{"web-1", ""}},
+		{"Firecracker, by its version", other("/firecracker-v1.7.0-x86_64", "--id=web-1"), args{"web-1", ""}},
+		{"Firecracker without id", other("firecracker", "--api-sock", "/run/x.sock"), args{}},
+		{"Firecracker, no value", other("firecracker", "--id"), args{}},
+		{"Cloud Hypervisor", other("cloud-hypervisor", "--api-socket", "/run/ch/web 1.sock"), args{"web 1", ""}},
+		{"Cloud Hypervisor, static, path=", other("cloud-hypervisor-static", "--api-socket=path=/run/web.v2.sock"), args{"web.v2", ""}},
+		{"Cloud Hypervisor of Kata", other("/opt/kata/bin/cloud-hypervisor", "--api-socket", "/run/vc/vm/0123abc/clh-api.sock"), args{"0123abc", ""}},
+		{"Cloud Hypervisor, file descriptor", other("cloud-hypervisor", "--api-socket", "fd=3"), args{}},
+		{"Cloud Hypervisor, root", other("cloud-hypervisor", "--api-socket", "/api.sock"), args{}},
+		{"QEMU's --id is another", argv("--id", "a", "--api-socket", "/b.sock"), args{}},
 		{"empty", "", args{}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -116,9 +127,14 @@ func TestParseCmdline(t *testing.T) {
 
 func FuzzCmdline(f *testing.F) {
 	recorded(f, "proc/*/cmdline")
+	f.Add([]byte("firecracker\x00--id\x00a\x00"))
+	f.Add([]byte("cloud-hypervisor\x00--api-socket\x00path=/run/a/api.sock\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if a := parseCmdline(b); a.uuid != "" && parseUUID(a.uuid) != a.uuid {
 			t.Errorf("uuid %q", a.uuid)
+		}
+		if name := socketName(string(b)); strings.Contains(name, "/") {
+			t.Errorf("name %q of a socket", name)
 		}
 	})
 }

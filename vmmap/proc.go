@@ -58,12 +58,52 @@ type args struct {
 	uuid string
 }
 
-// parseCmdline reads the -name and -uuid options of /proc/<pid>/cmdline as QEMU
-// does: one or two dashes, the last one wins. The kernel arguments in -append
-// may be those of a tenant and are passed over.
+// parseCmdline reads /proc/<pid>/cmdline as the program does that it is of. One
+// that is not known is taken for QEMU.
 func parseCmdline(b []byte) args {
-	var a args
 	argv := strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
+	switch program := filepath.Base(argv[0]); {
+	case strings.HasPrefix(program, "firecracker"): // and its version
+		return args{name: option(argv, "--id")}
+	case strings.HasPrefix(program, "cloud-hypervisor"):
+		return args{name: socketName(option(argv, "--api-socket"))}
+	}
+	return parseQEMU(argv)
+}
+
+// option returns the value of a long option, in either spelling.
+func option(argv []string, name string) string {
+	for i, arg := range argv {
+		if arg == name && i+1 < len(argv) {
+			return argv[i+1]
+		}
+		if value, ok := strings.CutPrefix(arg, name+"="); ok {
+			return value
+		}
+	}
+	return ""
+}
+
+// socketName names a guest of Cloud Hypervisor, which has no name of its own,
+// after its socket: "PATH" or "path=PATH". Where the socket is called "api" or
+// "clh-api", as Kata does, the directory tells whose it is.
+func socketName(s string) string {
+	path := strings.TrimPrefix(s, "path=")
+	if !strings.Contains(path, "/") {
+		return "" // a file descriptor, say
+	}
+	name := strings.TrimSuffix(filepath.Base(path), filepath.Ext(path))
+	if strings.HasSuffix(name, "api") {
+		name = filepath.Base(filepath.Dir(path))
+	}
+	return strings.Trim(name, "/")
+}
+
+// parseQEMU reads the options -name and -uuid: one or two dashes, the last one
+// wins. The kernel arguments in -append may be those of a tenant and are passed
+// over.
+func parseQEMU(argv []string) args {
+	var a args
 	for i := 1; i+1 < len(argv); i++ {
 		option, ok := strings.CutPrefix(argv[i], "-")
 		if !ok {
@@ -166,12 +206,21 @@ func (p proc) tgid(tid int) (int, error) {
 	if err != nil {
 		return 0, gone(err)
 	}
-	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, "Tgid:"); ok {
-			return strconv.Atoi(strings.TrimSpace(v))
+	tgid, err := strconv.Atoi(field(b, "Tgid"))
+	if err != nil {
+		return 0, fmt.Errorf("status of %d: Tgid: %w", tid, err)
+	}
+	return tgid, nil
+}
+
+// field returns what /proc/<pid>/status tells by that name; empty when nothing.
+func field(status []byte, name string) string {
+	for line := range strings.Lines(string(status)) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			return strings.TrimSpace(value)
 		}
 	}
-	return 0, fmt.Errorf("status of %d: no Tgid", tid)
+	return ""
 }
 
 // kvmUsers looks for the processes that hold a virtual machine open, whatever
@@ -187,25 +236,25 @@ func (p proc) kvmUsers() ([]int, error) {
 		if err != nil {
 			continue
 		}
-		if p.hasVM(pid) {
+		if has, err := p.hasVM(pid); has && err == nil { // or it died, or is not ours to see
 			users = append(users, pid)
 		}
 	}
 	return users, nil
 }
 
-func (p proc) hasVM(pid int) bool {
+func (p proc) hasVM(pid int) (bool, error) {
 	fds, err := os.ReadDir(p.path(pid, "fd"))
 	if err != nil {
-		return false // it died, or is not ours to see
+		return false, gone(err)
 	}
 	for _, fd := range fds {
 		link, err := os.Readlink(p.path(pid, "fd/"+fd.Name()))
 		if err == nil && link == "anon_inode:kvm-vm" {
-			return true
+			return true, nil
 		}
 	}
-	return false
+	return false, nil
 }
 
 // gone turns the error of a process that died while it was read into that of

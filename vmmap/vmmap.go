@@ -20,7 +20,7 @@ package vmmap
 import "time"
 
 // Domain is a guest. A guest that libvirt does not know is a domain too, named
-// after its process.
+// by its process's arguments or after its process.
 type Domain struct {
 	ID     *int        // libvirt's id; nil when not running under libvirt
 	Name   string      // libvirt's name, or that in the arguments, or "<comm>-<tgid>"
@@ -31,6 +31,8 @@ type Domain struct {
 	Source string      // what named it: "libvirt", "rundir", "proc", "process"
 	VCPUs  map[int]int // tid -> vCPU number: libvirt's from the run directory, else KVM's from debugfs; nil when neither knows
 	Seen   time.Time   // when this was last known to be true
+
+	Container *Container // nil when the process lives on the host itself
 }
 
 // State is a domain's state in libvirt's words.
