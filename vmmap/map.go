@@ -138,8 +138,14 @@ func (m *Map) Refresh() error {
 			g.run, g.vcpus = s, s.vcpus
 		}
 		names, hasVM := vms[pid]
-		if g.run == nil && !hasVM && !before[k] {
-			continue
+		if g.run == nil && !before[k] {
+			if !hasVM {
+				continue
+			}
+			// The thread that made a machine may be gone, and its id another's.
+			if has, err := m.proc.hasVM(pid); err == nil && !has {
+				continue
+			}
 		}
 		if g.vcpus == nil {
 			g.vcpus = m.debugfs.vcpus(names)
@@ -245,8 +251,12 @@ func (m *Map) bury(k key, g *guest) {
 
 // Learn reads who the process is that has this id now, from /proc alone. It is
 // cheap, and meant for the moment a process takes its first exit: it may die
-// before the next Refresh. An unknown or dead tgid is left alone.
+// before the next Refresh. An unknown or dead tgid is left alone, and so is one
+// that is by now of a process without a virtual machine.
 func (m *Map) Learn(tgid int) {
+	if has, err := m.proc.hasVM(tgid); err == nil && !has {
+		return
+	}
 	k, g, err := m.read(tgid)
 	if err != nil {
 		return // Refresh will tell if it still matters
@@ -323,12 +333,17 @@ func (m *Map) hear() {
 	}
 }
 
-// join tells each living process which domain it is.
+// join tells each living process which domain it is. One that died bears the
+// name that libvirt has since given to the domain.
 func (m *Map) join() {
 	type claim struct{ uuid, name string }
 	claims := make(map[claim][]*guest)
+	past := make(map[string][]*guest) // by uuid
 	for k, g := range m.guests {
 		if g.dead {
+			if g.named {
+				past[g.domain.UUID] = append(past[g.domain.UUID], g)
+			}
 			continue
 		}
 		g.identify(k)
@@ -338,6 +353,9 @@ func (m *Map) join() {
 	m.others = nil
 	for _, r := range m.heard.records {
 		d := Domain{ID: r.id, Name: r.name, UUID: r.uuid, State: r.state, Source: "libvirt", Seen: m.heard.at}
+		for _, g := range past[r.uuid] {
+			g.domain.Name = r.name
+		}
 		claimants := claims[claim{r.uuid, r.name}]
 		switch {
 		case len(claimants) > 0:

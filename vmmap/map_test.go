@@ -405,6 +405,38 @@ func TestReusedPID(t *testing.T) {
 	})
 }
 
+// The thread that made a virtual machine is gone, or all of the guest is, and
+// the id is that of a process without one.
+func TestReusedByNoGuest(t *testing.T) {
+	h := newHost(t, nil)
+	if err := os.MkdirAll(h.path("sys/kernel/debug/kvm/133-9/vcpu0"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	h.Learn(133)
+	h.refresh()
+	for _, d := range h.Domains() {
+		if d.TGID == 133 {
+			t.Errorf("no guest: %+v", d)
+		}
+	}
+}
+
+// A domain that does not run is renamed, and its past with it.
+func TestRenamedPast(t *testing.T) {
+	l := said(nil, records...)
+	h := newHost(t, l)
+	h.replace("proc/250/cmdline", uuidOld, uuid1) // by hand: it is none of libvirt's
+	h.refresh()
+	byHand := snapshot.Process{TGID: 250, Start: 4380 * tick}
+	h.Lookup(vm1, "")
+	h.Lookup(byHand, "")
+	h.remove("proc/201", "proc/250", "run/libvirt/qemu/vm1.xml", "sys/kernel/debug/kvm/201-9", "sys/kernel/debug/kvm/250-10")
+	h.refresh()
+	l.listing.Store(&listing{records: []record{{nil, "renamed", uuid1, ShutOff, true}}})
+	h.expect(vm1, "", Domain{Name: "renamed", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}}, true)
+	h.expect(byHand, "", Domain{Name: "old style", UUID: uuid1, State: ShutOff, Source: "proc", VCPUs: map[int]int{253: 0}}, true)
+}
+
 // libvirt died first, then its guests, then their process ids were reused.
 func TestStaleStatus(t *testing.T) {
 	h := newHost(t, nil)
