@@ -111,6 +111,15 @@ type Domain struct {
 	GuestPct float64 `json:"guest_pct"` // of TimePct
 	VCPUs    []VCPU  `json:"vcpus"`
 	Exits    []Exit  `json:"exits"` // most frequent first
+
+	Container *Container `json:"container,omitempty"` // where its process lives; absent when on the host itself
+}
+
+// Container tells of the container that a domain's process lives in.
+type Container struct {
+	ID  *string `json:"id"`  // the runtime's; null when unknown
+	Pod *string `json:"pod"` // Kubernetes' uid of the pod; null when it is none
+	PID int     `json:"pid"` // of the process in its own pid namespace
 }
 
 // VCPU is one virtual CPU.

@@ -91,6 +91,15 @@ func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates 
 	if identity.UUID != "" {
 		out.UUID = &identity.UUID
 	}
+	if c := identity.Container; c != nil {
+		out.Container = &api.Container{PID: c.PID}
+		if c.ID != "" {
+			out.Container.ID = &c.ID
+		}
+		if c.Pod != "" {
+			out.Container.Pod = &c.Pod
+		}
+	}
 	if counts != nil {
 		since := d.wall(counts.Since)
 		out.Since = &since
