@@ -53,7 +53,13 @@ func StartGuest(vcpus int) (*Guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &Guest{cmd: exec.Command(exe)}
+	return StartGuestAs(exec.Command(exe), vcpus)
+}
+
+// StartGuestAs is StartGuest by a command, not yet started, that executes the
+// test binary under any name and with any arguments.
+func StartGuestAs(cmd *exec.Cmd, vcpus int) (g *Guest, err error) {
+	g = &Guest{cmd: cmd}
 	g.cmd.Env = append(os.Environ(), guestVar+"="+strconv.Itoa(vcpus))
 	g.cmd.Stderr = os.Stderr
 	if g.work, err = g.cmd.StdinPipe(); err != nil {

@@ -281,6 +281,13 @@ type domain struct {
 // create starts a domain, which ends with the test.
 func create(t *testing.T, d domain) {
 	t.Helper()
+	virsh(t, "create", define(t, d))
+	t.Cleanup(func() { exec.Command("virsh", "-c", "qemu:///system", "destroy", d.name).Run() })
+}
+
+// define writes a domain down for virsh.
+func define(t *testing.T, d domain) string {
+	t.Helper()
 	xml := fmt.Sprintf(`<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>%s</name>%s<memory unit='MiB'>%d</memory><vcpu>%d</vcpu>
   <os><type arch='x86_64' machine='pc'>hvm</type>%s</os><features><acpi/><apic/></features>
@@ -290,8 +297,7 @@ func create(t *testing.T, d domain) {
 	if err := os.WriteFile(file, []byte(xml), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	virsh(t, "create", file)
-	t.Cleanup(func() { exec.Command("virsh", "-c", "qemu:///system", "destroy", d.name).Run() })
+	return file
 }
 
 func tag(name, text string) string {
@@ -303,6 +309,12 @@ func tag(name, text string) string {
 
 // rom is the firmware of a domain that executes a program.
 func rom(t *testing.T, program string, forever bool) string {
+	t.Helper()
+	return fmt.Sprintf("<loader type='rom' readonly='yes'>%s</loader>", firmware(t, program, forever))
+}
+
+// firmware is the file of a program that QEMU executes.
+func firmware(t *testing.T, program string, forever bool) string {
 	t.Helper()
 	file, err := os.CreateTemp(images, "*.rom")
 	if err != nil {
@@ -326,7 +338,7 @@ func rom(t *testing.T, program string, forever bool) string {
 	if err := errors.Join(err, file.Chmod(0o644)); err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("<loader type='rom' readonly='yes'>%s</loader>", file.Name())
+	return file.Name()
 }
 
 // newGuest starts a guest that libvirt knows nothing of.
