@@ -148,7 +148,7 @@ func TestGuests(t *testing.T) {
 			if tc.find == "" {
 				tc.find = tc.name
 			}
-			inside.Eventually(t, "it is done and named", 60*time.Second, func() bool {
+			inside.Eventually(t, "it is done and named", 120*time.Second, func() bool {
 				x := d.find(tc.find)
 				return counts(x)["cpuid"] == tc.cpuid && x.Source == tc.source
 			})
