@@ -23,7 +23,7 @@ func TestInside(t *testing.T) {
 		// The longest first, for two run at a time.
 		{"kernel/6.1 VMX", pkg + "kernel", Config{Kernel: "6.1", Emulator: Bochs, Timeout: 20 * time.Minute}},
 		{"kernel/6.12 VMX", pkg + "kernel", Config{Kernel: "6.12", Emulator: Bochs, Timeout: 20 * time.Minute}},
-		{"system/6.1 SVM", pkg + "system", Config{Kernel: "6.1", CPUs: 1, Timeout: 20 * time.Minute}},
+		{"system/6.1 SVM", pkg + "system", Config{Kernel: "6.1", CPUs: 1, Timeout: 30 * time.Minute}},
 		{"vmmap/6.1 SVM", "virtexit/vmmap", Config{Kernel: "6.1", CPUs: 1, Timeout: 15 * time.Minute}},
 		{"kernel/6.1 SVM", pkg + "kernel", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
 		{"kernel/6.12 SVM", pkg + "kernel", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},

@@ -433,6 +433,10 @@ func (m *machine) complaint() (complaint, end string) {
 		return "", err.Error()
 	}
 	lines := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(text), "\r", "")), "\n")
+	// What it complains about before is the machine.
+	if i := slices.IndexFunc(lines, func(l string) bool { return strings.Contains(l, "Run /init as init process") }); i >= 0 {
+		lines = lines[i:]
+	}
 	if i := slices.IndexFunc(lines, bad.MatchString); i >= 0 {
 		complaint = strings.Join(lines[i:min(len(lines), i+most)], "\n  ")
 	}

@@ -190,7 +190,8 @@ func (s *span) check(t testing.TB) {
 	if sum := s.Guest + s.KVM + s.User + s.Poll + s.Halted + s.Wait + s.Outside; !s.near(sum, s.wall) {
 		t.Errorf("the parts add up to %v of %v", sum, s.wall)
 	}
-	if !s.near(s.Wait, s.queued) {
+	// What the thread waits for when it has left KVM_RUN, to do as we say, is outside until it enters again.
+	if s.Wait > s.queued+s.slack+s.spread || s.Wait+s.Outside < s.queued-s.slack-s.spread {
 		t.Errorf("waited %v; the scheduler says %v", s.Wait, s.queued)
 	}
 	if !s.near(s.Poll, s.kvmPolled) {
@@ -313,7 +314,8 @@ func TestTimeHaltedInUser(t *testing.T) {
 		return nil
 	}
 	got := v.observe(t, func() { v.during(t, "hlt:1", func() { time.Sleep(observed) }) })
-	if !got.near(got.Halted+got.Wait, halted) {
+	// What user space takes besides to sleep, more on a real-time kernel, belongs to the halt.
+	if together := got.Halted + got.Wait; together < halted-got.slack || together > halted+got.wall/20 {
 		t.Errorf("halted %v and waited %v, want %v together", got.Halted, got.Wait, halted)
 	}
 	if hlt := got.rows[inside.Host(t).Codes["hlt"]]; hlt.count == 0 || hlt.time > got.wall/20 {
