@@ -9,8 +9,8 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
-	"sync"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
