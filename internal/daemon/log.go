@@ -56,6 +56,7 @@ func (l *log) look() (src source.Source, snap *snapshot.Snapshot, alive bool, er
 	d := l.daemon
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	alive = d.alive(l.process)
 	switch level, _ := d.wish.of(l.process); {
 	case d.source == nil:
 		return nil, nil, false, d.problem
@@ -63,11 +64,11 @@ func (l *log) look() (src source.Source, snap *snapshot.Snapshot, alive bool, er
 		return nil, nil, false, errors.New("no snapshot yet") // unreachable: attach takes one, or fails
 	case d.wish.level == snapshot.Off:
 		return nil, nil, false, &api.ConflictError{Reason: "collection is off: 'virtexit on' switches it on"}
-	case level < snapshot.Recent:
+	case alive && level < snapshot.Recent: // its level is forgotten when it ends
 		return nil, nil, false, &api.ConflictError{Reason: fmt.Sprintf(
 			"the exits of domain '%s' are not logged at its level, %s: 'virtexit level %s recent' switches that on", l.domain, levelWord(level), l.domain)}
 	}
-	return d.source, d.snap, d.alive(l.process), nil
+	return d.source, d.snap, alive, nil
 }
 
 // reading is what a log held.
