@@ -284,3 +284,28 @@ func TestFollowEnds(t *testing.T) {
 		})
 	}
 }
+
+// A domain's own level is forgotten with its process, maybe before a follower
+// looks again.
+func TestLogOutlivesLevel(t *testing.T) {
+	run(t, nil, func(t *testing.T, h *host, d *Daemon) {
+		h.start(1, "web")
+		h.exits(1, 0, 0x72, 3)
+		pass(time.Second)
+		if _, err := d.SetDomainLevel("web", ptr("recent")); err != nil {
+			t.Fatal(err)
+		}
+		l, err := d.openLog("web", api.LogQuery{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.die(1)
+		pass(10 * time.Second)
+		if len(d.wish.processes) != 0 {
+			t.Fatalf("levels of processes: %v, want none", d.wish.processes)
+		}
+		if r, err := l.read(false); err != nil || !r.ended {
+			t.Errorf("ended: %t, error %v; want the end", r.ended, err)
+		}
+	})
+}
