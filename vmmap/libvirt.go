@@ -26,6 +26,7 @@ type record struct {
 	uuid       string
 	state      State
 	persistent bool
+	metadata   *Metadata // nil when libvirt does not tell
 }
 
 // conn is a read-only connection to a libvirt daemon. Its methods may block.

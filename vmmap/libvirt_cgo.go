@@ -38,10 +38,14 @@ var startEvents = sync.OnceValue(func() error {
 
 // client is a conn to a real libvirt.
 type client struct {
-	conn    *libvirt.Connect
-	events  int // id of the callback
-	change  chan struct{}
-	closing chan error
+	conn     *libvirt.Connect
+	events   []int // ids of the callbacks
+	change   chan struct{}
+	closing  chan error
+	metadata map[string]*Metadata // by uuid, as last asked for; list's own
+
+	mu    sync.Mutex
+	stale map[string]bool // uuids whose metadata may have changed since
 }
 
 // dial opens a read-only connection, which can change nothing.
@@ -53,7 +57,7 @@ func dial(uri string) (conn, error) {
 	if err != nil {
 		return nil, message(err)
 	}
-	l := &client{conn: c, events: -1, change: make(chan struct{}, 1), closing: make(chan error, 1)}
+	l := &client{conn: c, change: make(chan struct{}, 1), closing: make(chan error, 1), stale: make(map[string]bool)}
 	if err := l.subscribe(); err != nil {
 		l.close()
 		return nil, message(err)
@@ -76,13 +80,34 @@ func (l *client) subscribe() error {
 	if err := l.conn.SetKeepAlive(keepAlive, keepAliveProbes); err != nil && !unsupported(err) {
 		return err
 	}
-	l.events, err = l.conn.DomainEventLifecycleRegister(nil, func(*libvirt.Connect, *libvirt.Domain, *libvirt.DomainEventLifecycle) {
-		select {
-		case l.change <- struct{}{}:
-		default: // one is pending, and its list will show this change too
+	id, err := l.conn.DomainEventLifecycleRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, _ *libvirt.DomainEventLifecycle) { l.news(d) })
+	if err != nil {
+		return err
+	}
+	l.events = append(l.events, id)
+	id, err = l.conn.DomainEventMetadataChangeRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, _ *libvirt.DomainEventMetadataChange) { l.news(d) })
+	if err != nil {
+		if unsupported(err) {
+			return nil
 		}
-	})
-	return err
+		return err
+	}
+	l.events = append(l.events, id)
+	return nil
+}
+
+// news is that something about a domain has changed. Its uuid is at hand: that
+// is no call of libvirt's daemon.
+func (l *client) news(d *libvirt.Domain) {
+	if uuid, err := d.GetUUIDString(); err == nil {
+		l.mu.Lock()
+		l.stale[uuid] = true
+		l.mu.Unlock()
+	}
+	select {
+	case l.change <- struct{}{}:
+	default: // one is pending, and its list will show this change too
+	}
 }
 
 func (l *client) changed() <-chan struct{} { return l.change }
@@ -91,16 +116,22 @@ func (l *client) lost() <-chan error       { return l.closing }
 // close gives everything back. On a connection that is lost its calls fail,
 // which changes nothing about that.
 func (l *client) close() {
-	if l.events >= 0 {
-		_ = l.conn.DomainEventDeregister(l.events)
+	for _, id := range l.events {
+		_ = l.conn.DomainEventDeregister(id)
 	}
 	_ = l.conn.UnregisterCloseCallback()
 	_, _ = l.conn.Close()
 }
 
-// list asks for all domains at once, then for those in each common state:
-// the number of calls does not grow with the number of domains.
+// list asks for all domains at once, then for those in each common state: the
+// number of calls does not grow with the number of domains. Only metadata is
+// asked for one by one, when a domain is new or has changed.
 func (l *client) list() ([]record, error) {
+	l.mu.Lock()
+	stale := l.stale
+	l.stale = make(map[string]bool) // what changes from now on is for the next list
+	l.mu.Unlock()
+	metadata := make(map[string]*Metadata)
 	all, err := l.conn.ListAllDomains(0)
 	defer free(all)
 	if err != nil {
@@ -148,9 +179,28 @@ func (l *client) list() ([]record, error) {
 			}
 		}
 		r.persistent = persistent[r.uuid]
+		if r.metadata = l.metadata[r.uuid]; r.metadata == nil || stale[r.uuid] {
+			r.metadata = describe(d)
+		}
+		metadata[r.uuid] = r.metadata
 		records = append(records, r)
 	}
+	l.metadata = metadata
 	return records, nil
+}
+
+// describe asks for a domain's metadata. It returns nil when it is not told,
+// as of a domain that was undefined since it was listed.
+func describe(d *libvirt.Domain) *Metadata {
+	text, err := d.GetXMLDesc(0)
+	if err != nil {
+		return nil
+	}
+	m, err := parseMetadata([]byte(text))
+	if err != nil {
+		return nil
+	}
+	return &m
 }
 
 // uuids tells which domains a filter leaves.

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"libvirt.org/go/libvirt"
 )
 
@@ -50,22 +51,30 @@ func TestClient(t *testing.T) {
 	}
 	const uuid = "00000000-1111-4222-8333-4444444444ab"
 	d, err := admin.DomainDefineXML("<domain type='test'><name>a b</name><uuid>" + strings.ToUpper(uuid) +
-		"</uuid><memory>8192</memory><os><type>hvm</type></os></domain>")
+		"</uuid><title>first</title><metadata><kubevirt xmlns='http://kubevirt.io'/></metadata><memory>8192</memory><os><type>hvm</type></os></domain>")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer d.Free()
+	title := func(s string) func() error {
+		return func() error {
+			return d.SetMetadata(libvirt.DOMAIN_METADATA_TITLE, s, "", "", libvirt.DOMAIN_AFFECT_CURRENT)
+		}
+	}
 	for _, step := range []struct {
 		name       string
 		do         func() error
 		state      State
 		running    bool
 		persistent bool
+		title      string
 	}{
-		{"define", func() error { return nil }, ShutOff, false, true},
-		{"start", d.Create, Running, true, true},
-		{"suspend", d.Suspend, Paused, true, true},
-		{"undefine", d.Undefine, Paused, true, false},
+		{"define", func() error { return nil }, ShutOff, false, true, "first"},
+		{"retitle", title("second"), ShutOff, false, true, "second"},
+		{"start", d.Create, Running, true, true, "second"},
+		{"suspend", d.Suspend, Paused, true, true, "second"},
+		{"retitle again", title("third"), Paused, true, true, "third"},
+		{"undefine", d.Undefine, Paused, true, false, "third"},
 	} {
 		if err := step.do(); err != nil {
 			t.Fatal(step.name, err)
@@ -75,6 +84,13 @@ func TestClient(t *testing.T) {
 		r := find("a b")
 		if r == nil || r.uuid != uuid || r.state != step.state || (r.id != nil) != step.running || r.persistent != step.persistent {
 			t.Errorf("after %s: %+v", step.name, r)
+		}
+		want := &Metadata{Title: step.title, Cloud: &Cloud{System: "kubevirt"}}
+		if diff := cmp.Diff(want, r.metadata); diff != "" {
+			t.Errorf("metadata after %s (-want +got)\n%s", step.name, diff)
+		}
+		if again := find("a b"); again.metadata != r.metadata {
+			t.Errorf("after %s metadata was asked for twice", step.name)
 		}
 	}
 	if err := d.Destroy(); err != nil {

@@ -356,6 +356,9 @@ func (m *Map) join() {
 		for _, g := range past[r.uuid] {
 			g.domain.Name = r.name
 		}
+		if r.metadata != nil {
+			d.Metadata = *r.metadata
+		}
 		claimants := claims[claim{r.uuid, r.name}]
 		switch {
 		case len(claimants) > 0:
@@ -417,7 +420,7 @@ func (g *guest) identify(k key) {
 		d.Name, d.Source = g.args.name, "proc"
 	}
 	if s := g.run; s != nil {
-		d.ID, d.Name, d.UUID, d.Source = s.id, s.name, s.uuid, "rundir"
+		d.ID, d.Name, d.UUID, d.Source, d.Metadata = s.id, s.name, s.uuid, "rundir", s.Metadata
 		if s.state != "" {
 			d.State = s.state
 		}
@@ -429,11 +432,15 @@ func (g *guest) identify(k key) {
 }
 
 // adopt adds what libvirt says of the domain. While it does not answer, the
-// run directory knows the state as well.
+// run directory knows the state and the metadata as well.
 func (g *guest) adopt(r record, serving bool) {
 	g.named = true
 	g.domain.ID, g.domain.Source = r.id, "libvirt"
-	if serving || g.run == nil {
-		g.domain.State = r.state
+	if !serving && g.run != nil {
+		return
+	}
+	g.domain.State = r.state
+	if r.metadata != nil {
+		g.domain.Metadata = *r.metadata
 	}
 }

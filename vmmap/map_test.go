@@ -34,12 +34,15 @@ var vm1 = snapshot.Process{TGID: 201, Start: vm1Start + 1234567} // as the kerne
 
 func id(n int) *int { return &n }
 
+// titled is what all guests of libvirt were.
+var titled = Metadata{Title: "A title"}
+
 // what libvirt listed when the host was recorded.
 var records = []record{
-	{id(1), "vm1", uuid1, Running, true},
-	{id(2), "vm10", uuid10, Paused, true},
-	{id(3), web, uuidWeb, Running, false},
-	{nil, "idle", uuidIdle, ShutOff, true},
+	{id(1), "vm1", uuid1, Running, true, &titled},
+	{id(2), "vm10", uuid10, Paused, true, &titled},
+	{id(3), web, uuidWeb, Running, false, &titled},
+	{nil, "idle", uuidIdle, ShutOff, true, nil},
 }
 
 // host is the recorded system in a directory where it can change.
@@ -118,15 +121,15 @@ func TestDomains(t *testing.T) {
 	}
 	guests := func(source string, paused State) []Domain {
 		return []Domain{
-			{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, State: Running, Source: source, VCPUs: map[int]int{206: 0, 207: 1}, Seen: now},
-			{ID: id(2), Name: "vm10", UUID: uuid10, TGID: 214, Start: vm10Start, State: paused, Source: source, VCPUs: map[int]int{219: 0}, Seen: now},
-			{ID: id(3), Name: web, UUID: uuidWeb, TGID: 224, Start: webStart, State: Running, Source: source, VCPUs: map[int]int{229: 0}, Seen: now},
+			{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, State: Running, Source: source, VCPUs: map[int]int{206: 0, 207: 1}, Seen: now, Metadata: titled},
+			{ID: id(2), Name: "vm10", UUID: uuid10, TGID: 214, Start: vm10Start, State: paused, Source: source, VCPUs: map[int]int{219: 0}, Seen: now, Metadata: titled},
+			{ID: id(3), Name: web, UUID: uuidWeb, TGID: 224, Start: webStart, State: Running, Source: source, VCPUs: map[int]int{229: 0}, Seen: now, Metadata: titled},
 		}
 	}
 	anonymous := func() []Domain {
 		ds := guests("proc", Running)
 		for i := range ds {
-			ds[i].ID = nil
+			ds[i].ID, ds[i].Metadata = nil, Metadata{}
 		}
 		return ds
 	}
@@ -147,7 +150,7 @@ func TestDomains(t *testing.T) {
 		return ds
 	}
 	idle := []Domain{{Name: "idle", UUID: uuidIdle, State: ShutOff, Source: "libvirt", Seen: listed}}
-	unpaused := append([]record{records[0], {id(2), "vm10", uuid10, Running, true}}, records[2:]...)
+	unpaused := append([]record{records[0], {id(2), "vm10", uuid10, Running, true, &titled}}, records[2:]...)
 	down := errors.New("down")
 
 	for _, test := range []struct {
@@ -180,7 +183,7 @@ func TestDomains(t *testing.T) {
 // A name goes to one process only, and to the right one.
 func TestJoin(t *testing.T) {
 	const file = "run/libvirt/qemu/vm1.xml"
-	vm1Record := record{id(1), "vm1", uuid1, Paused, true}
+	vm1Record := record{id(1), "vm1", uuid1, Paused, true, nil}
 	for _, test := range []struct {
 		name    string
 		records []record
@@ -189,11 +192,11 @@ func TestJoin(t *testing.T) {
 		others  int    // domains of libvirt that have no process
 	}{
 		{"equal", []record{vm1Record}, nil, "libvirt", 0},
-		{"another uuid", []record{{id(1), "vm1", uuid10, Running, true}}, nil, "rundir", 1},
-		{"longer name", []record{{id(1), "vm10", uuid1, Running, true}}, nil, "rundir", 1},
-		{"shorter name", []record{{id(1), "vm", uuid1, Running, true}}, nil, "rundir", 1},
-		{"an earlier run", []record{{id(9), "vm1", uuid1, Running, true}}, nil, "rundir", 0},
-		{"not running", []record{{nil, "vm1", uuid1, ShutOff, true}}, nil, "rundir", 0},
+		{"another uuid", []record{{id(1), "vm1", uuid10, Running, true, nil}}, nil, "rundir", 1},
+		{"longer name", []record{{id(1), "vm10", uuid1, Running, true, nil}}, nil, "rundir", 1},
+		{"shorter name", []record{{id(1), "vm", uuid1, Running, true, nil}}, nil, "rundir", 1},
+		{"an earlier run", []record{{id(9), "vm1", uuid1, Running, true, nil}}, nil, "rundir", 0},
+		{"not running", []record{{nil, "vm1", uuid1, ShutOff, true, nil}}, nil, "rundir", 0},
 		{"arguments", []record{vm1Record}, func(h *host) { h.remove(file) }, "libvirt", 0},
 		{"copied arguments", []record{vm1Record}, func(h *host) {
 			h.replace("proc/250/cmdline", uuidOld, uuid1)
@@ -256,7 +259,7 @@ func TestRenamedInPlace(t *testing.T) {
 	want.VCPUs = map[int]int{206: 0, 207: 1}
 	h.expect(vm1, "qemu", want, true)
 	l.listing.Store(&listing{records: records})
-	want.ID, want.Source = id(1), "libvirt"
+	want.ID, want.Source, want.Metadata = id(1), "libvirt", titled
 	h.expect(vm1, "qemu", want, true)
 	l.listing.Store(&listing{records: records, err: errors.New("down")})
 	h.expect(vm1, "qemu", want, true)
@@ -268,7 +271,7 @@ func TestDeath(t *testing.T) {
 	h.Lookup(vm1, "")
 	h.remove("proc/201", "proc/214", "sys/kernel/debug/kvm/201-9", "sys/kernel/debug/kvm/214-9")
 	h.refresh()
-	last := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}}
+	last := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}, Metadata: titled}
 	h.expect(vm1, "", last, true)
 	for _, d := range h.Domains() {
 		if d.TGID == 201 || d.TGID == 214 {
@@ -313,12 +316,12 @@ func TestSlowDeath(t *testing.T) {
 	h.remove("run")
 	l.listing.Store(&listing{})
 	h.refresh()
-	h.expect(vm1, "", Domain{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, State: Running, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}}, true)
+	h.expect(vm1, "", Domain{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, State: Running, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}, Metadata: titled}, true)
 }
 
 // libvirt's state counts until it owes an answer for too long.
 func TestStateWhenHung(t *testing.T) {
-	l := said(nil, record{id(2), "vm10", uuid10, Running, true})
+	l := said(nil, record{id(2), "vm10", uuid10, Running, true, nil})
 	h := newHost(t, l)
 	h.refresh()
 	vm10 := snapshot.Process{TGID: 214, Start: vm10Start}
@@ -351,7 +354,7 @@ func TestDeathBeforeLookup(t *testing.T) {
 	h.refresh()
 	h.time = h.time.Add(linger / 2)
 	h.refresh()
-	h.expect(vm1, "", Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "rundir", VCPUs: map[int]int{206: 0, 207: 1}}, true)
+	h.expect(vm1, "", Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "rundir", VCPUs: map[int]int{206: 0, 207: 1}, Metadata: titled}, true)
 }
 
 func TestTooBrief(t *testing.T) {
@@ -371,7 +374,7 @@ func TestReusedPID(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	old := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "rundir", VCPUs: map[int]int{206: 0, 207: 1}}
+	old := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "rundir", VCPUs: map[int]int{206: 0, 207: 1}, Metadata: titled}
 
 	t.Run("by a guest", func(t *testing.T) {
 		h := newHost(t, nil)

@@ -178,7 +178,7 @@ func TestParseStatus(t *testing.T) {
 		want     *status
 	}{
 		{"paused", string(read(t, "testdata/host/run/libvirt/qemu/vm10.xml")), &status{
-			pid: 214, id: &two, name: "vm10", uuid: "11111111-2222-4333-8444-00000000000a", state: Paused, vcpus: map[int]int{219: 0}}},
+			pid: 214, id: &two, name: "vm10", uuid: "11111111-2222-4333-8444-00000000000a", state: Paused, vcpus: map[int]int{219: 0}, Metadata: titled}},
 		{"no vcpus", `<domstatus state='pmsuspended' pid='5'>` + body, &status{
 			pid: 5, id: &two, name: "a", uuid: "11111111-2222-4333-8444-00000000000a", state: Suspended}},
 		{"vcpu without thread", `<domstatus state='x' pid='5'><vcpus><vcpu id='0' pid='0'/></vcpus>` + body, &status{

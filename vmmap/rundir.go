@@ -19,6 +19,7 @@ type status struct {
 	uuid  string
 	state State       // empty when not known
 	vcpus map[int]int // tid -> vCPU number
+	Metadata
 }
 
 // states are libvirt's words for what virsh prints.
@@ -43,21 +44,18 @@ func parseStatus(b []byte) (*status, error) {
 			ID  int `xml:"id,attr"`
 			TID int `xml:"pid,attr"`
 		} `xml:"vcpus>vcpu"`
-		Domain struct {
-			ID   *int   `xml:"id,attr"`
-			Name string `xml:"name"`
-			UUID string `xml:"uuid"`
-		} `xml:"domain"`
+		Domain domainXML `xml:"domain"`
 	}
 	if err := xml.Unmarshal(b, &x); err != nil {
 		return nil, fmt.Errorf("domain status: %w", err)
 	}
 	s := &status{
-		pid:   x.PID,
-		id:    x.Domain.ID,
-		name:  x.Domain.Name,
-		uuid:  parseUUID(x.Domain.UUID),
-		state: states[x.State],
+		pid:      x.PID,
+		id:       x.Domain.ID,
+		name:     x.Domain.Name,
+		uuid:     parseUUID(x.Domain.UUID),
+		state:    states[x.State],
+		Metadata: x.Domain.metadata(),
 	}
 	switch {
 	case s.pid <= 0:

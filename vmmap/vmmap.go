@@ -33,6 +33,8 @@ type Domain struct {
 	Seen   time.Time   // when this was last known to be true
 
 	Container *Container // nil when the process lives on the host itself
+
+	Metadata // libvirt's or the run directory's
 }
 
 // State is a domain's state in libvirt's words.
