@@ -109,7 +109,7 @@ Environment:
 }
 
 func (a *app) list() *cobra.Command {
-	var all bool
+	var all, title, owner bool
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List domains with their exits and where their time goes",
@@ -118,8 +118,15 @@ most frequent reasons with their shares of the exits.
 
 The time is shared by the Guest, the handling of exits by KVM and by User space
 (QEMU), Idle (halted, or polling for the end of a halt) and Wait for a CPU.
-All is of the latest second or so. "-" is what is not known.`,
+All is of the latest second or so. "-" is what is not known.
+
+--title and --owner show what libvirt's XML of the domain says: the title, or
+without one the name in the cloud; and the cloud (nova, ovirt, kubevirt) with the
+project or namespace, and the user who made the domain. They take the place of
+other columns. In CSV they are more columns, with ids and the flavor; JSON always
+has them.`,
 		Example: `  virtexit list
+  virtexit list --title --owner
   virtexit list --all --format json`,
 		Args: cobra.NoArgs,
 		RunE: a.do(func(ctx context.Context, _ []string) error {
@@ -145,10 +152,12 @@ All is of the latest second or so. "-" is what is not known.`,
 			if d := status.Duty; d != nil && collecting(status) {
 				fmt.Fprintf(a.stderr, "collection runs for %v in every %v: rates are those of the time observed\n", time.Duration(d.OnNS), time.Duration(d.EveryNS))
 			}
-			return report.List(a.stdout, domains, report.Format(a.format.value), collecting(status))
+			return report.List(a.stdout, domains, report.ListOptions{Format: report.Format(a.format.value), Collecting: collecting(status), Title: title, Owner: owner})
 		}),
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "also domains that do not run")
+	cmd.Flags().BoolVar(&title, "title", false, "show titles")
+	cmd.Flags().BoolVar(&owner, "owner", false, "show for whom a cloud runs the domain")
 	return cmd
 }
 

@@ -141,7 +141,9 @@ func newBackend() *fakeBackend {
 		}
 	}
 	paused := domain(2, 200, "db 02")
-	paused.State = "paused"
+	paused.State, paused.Title = "paused", "The database"
+	owned := domain(1, 100, "web01")
+	owned.Cloud = &api.Cloud{System: "nova", Name: "web", InstanceUUID: *owned.UUID, Project: "shop", ProjectID: "p1", User: "alice", UserID: "u1", Flavor: "m1.large"}
 	at := time.Date(2026, 1, 2, 15, 4, 5, 678901234, time.UTC)
 	return &fakeBackend{
 		exits: []api.LoggedExit{
@@ -153,7 +155,7 @@ func newBackend() *fakeBackend {
 			Libvirt: api.Libvirt{Connected: true, URI: "qemu:///system"}, Since: since},
 		domains: []api.Domain{
 			{Name: "archive", UUID: ptr("11111111-2222-3333-4444-555555555555"), State: "shut off", Source: "libvirt"},
-			paused, domain(1, 100, "web01"),
+			paused, owned,
 			{Name: "twin", State: "shut off"}, {Name: "twin", State: "shut off"},
 		},
 	}
@@ -199,6 +201,9 @@ func TestRun(t *testing.T) {
 		{name: "list all", args: "list --all", golden: "list-all.txt"},
 		{name: "list csv", args: "list --format csv", golden: "list.csv"},
 		{name: "list json", args: "list --format=json", golden: "list.json"},
+		{name: "list title and owner", args: "list --all --title --owner", golden: "list-owner.txt"},
+		{name: "list title and owner csv", args: "list --title --owner --format csv", golden: "list-owner.csv"},
+		{name: "list help", args: "list --help", golden: "help-list.txt"},
 		{name: "list while off", args: "list", with: off, stderr: offRemark, golden: "list-off.txt"},
 		{name: "list at times", args: "list", with: func(b *fakeBackend) { b.status.Duty = &api.Duty{OnNS: 1e9, EveryNS: 1e10} },
 			stderr: "collection runs for 1s in every 10s: rates are those of the time observed\n", golden: "list.txt"},

@@ -99,6 +99,10 @@ type Domain struct {
 	Source string     `json:"source"` // what named it: "libvirt", "rundir", "proc", "process"
 	Level  string     `json:"level"`  // in force: "off", also while paused; "count", "time", "recent"
 	Since  *time.Time `json:"since"`  // counting began; null when nothing was counted
+	// Title, Description and Cloud are what libvirt's XML of the domain says.
+	Title       string `json:"title,omitempty"`
+	Description string `json:"description,omitempty"`
+	Cloud       *Cloud `json:"cloud,omitempty"` // absent when no known cloud manages the domain
 	// WallNS is the time that the counts cover. SpanNS is the part of it that
 	// was observed, all of it unless collection paused; rate = count / span.
 	WallNS   int64   `json:"wall_ns"`
@@ -120,6 +124,20 @@ type Container struct {
 	ID  *string `json:"id"`  // the runtime's; null when unknown
 	Pod *string `json:"pod"` // Kubernetes' uid of the pod; null when it is none
 	PID int     `json:"pid"` // of the process in its own pid namespace
+}
+
+// Cloud is who a domain is in the system that manages it, as that system wrote
+// it into the domain's metadata. What it did not write is absent.
+type Cloud struct {
+	System       string `json:"system"`                  // "ovirt", "nova", "kubevirt"
+	Name         string `json:"name,omitempty"`          // the system's name of the guest
+	InstanceUUID string `json:"instance_uuid,omitempty"` // its id of it: oVirt's VM, Nova's instance, KubeVirt's VirtualMachineInstance
+	Namespace    string `json:"namespace,omitempty"`     // KubeVirt's
+	Project      string `json:"project,omitempty"`       // Nova's, by name
+	ProjectID    string `json:"project_id,omitempty"`
+	User         string `json:"user,omitempty"` // Nova's, by name: who made it
+	UserID       string `json:"user_id,omitempty"`
+	Flavor       string `json:"flavor,omitempty"` // Nova's
 }
 
 // VCPU is one virtual CPU.

@@ -88,6 +88,7 @@ func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates 
 		Source: identity.Source,
 		Level:  snapshot.Off.String(),
 	}
+	out.Title, out.Description, out.Cloud = identity.Title, identity.Description, (*api.Cloud)(identity.Cloud)
 	if identity.UUID != "" {
 		out.UUID = &identity.UUID
 	}

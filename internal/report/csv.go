@@ -50,20 +50,37 @@ func timesValues(t api.Times) []string {
 	return values(t.GuestNS, t.KVMNS, t.UserNS, t.PollNS, t.HaltedNS, t.WaitNS, t.OutsideNS)
 }
 
-func listCSV(w io.Writer, d api.Domains) error {
+func listCSV(w io.Writer, d api.Domains, o ListOptions) error {
+	var title, owner []string
+	if o.Title {
+		title = []string{"title", "description"}
+	}
+	if o.Owner {
+		owner = []string{"cloud", "cloud_name", "instance_uuid", "namespace", "project", "project_id", "user", "user_id", "flavor"}
+	}
 	rows := [][]string{slices.Concat(
 		[]string{"id", "name", "uuid", "tgid", "state", "source", "level", "since", "vcpus", "wall_ns", "span_ns", "count", "rate"}, timesHeader,
-		[]string{"guest_pct", "kvm_pct", "user_pct", "poll_pct", "halted_pct", "wait_pct", "outside_pct", "top_reasons"})}
+		[]string{"guest_pct", "kvm_pct", "user_pct", "poll_pct", "halted_pct", "wait_pct", "outside_pct", "top_reasons"}, title, owner)}
 	for i := range d.Domains {
 		d := &d.Domains[i]
 		top := ""
 		if len(d.Exits) > 0 {
 			top = topReasons(d)
 		}
+		if o.Title {
+			title = []string{d.Title, d.Description}
+		}
+		if o.Owner {
+			c := api.Cloud{}
+			if d.Cloud != nil {
+				c = *d.Cloud
+			}
+			owner = []string{c.System, c.Name, c.InstanceUUID, c.Namespace, c.Project, c.ProjectID, c.User, c.UserID, c.Flavor}
+		}
 		p := d.TimePct
 		rows = append(rows, slices.Concat(
 			values(d.ID, d.Name, d.UUID, d.TGID, d.State, d.Source, d.Level, d.Since, len(d.VCPUs), d.WallNS, d.SpanNS, d.Count, d.Rate),
-			timesValues(d.Time), values(p.Guest, p.KVM, p.User, p.Poll, p.Halted, p.Wait, p.Outside, top)))
+			timesValues(d.Time), values(p.Guest, p.KVM, p.User, p.Poll, p.Halted, p.Wait, p.Outside, top), title, owner))
 	}
 	return csv.NewWriter(w).WriteAll(rows)
 }

@@ -11,6 +11,7 @@
 package report
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -227,29 +228,81 @@ func share(part, whole uint64) string {
 	return percent(100 * float64(part) / float64(whole))
 }
 
-// List prints domains, one a line. Unless collecting is set, rates and shares of
-// the time are not known; the counts stand still.
-func List(w io.Writer, d api.Domains, f Format, collecting bool) error {
-	switch f {
+// ListOptions say how a list of domains is printed.
+type ListOptions struct {
+	Format Format
+	// Collecting tells that counts move. Otherwise rates and shares of the time
+	// are not known.
+	Collecting bool
+	// Title and Owner add columns to tables and CSV; JSON has all of them.
+	Title, Owner bool
+}
+
+// List prints domains, one a line.
+func List(w io.Writer, d api.Domains, o ListOptions) error {
+	switch o.Format {
 	case JSON:
 		return writeJSON(w, d)
 	case CSV:
-		return listCSV(w, d)
+		return listCSV(w, d, o)
 	}
 	columns := append([]column{{title: "Id"}, {title: "Name", least: 17}, {title: "State"}, {title: "Exits/s", right: true}}, shares...)
-	t := &table{columns: append(columns, column{title: "Top", least: 7, list: true, spare: true})}
+	columns = append(columns, column{title: "Top", least: 7, list: true, spare: true})
+	if o.Title || o.Owner {
+		for i := range columns[4:] { // what was asked for goes before them
+			columns[4+i].spare = true
+		}
+	}
+	// They come last, where text that runs from right to left moves no number.
+	if o.Title {
+		columns = append(columns, column{title: "Title", least: 17})
+	}
+	if o.Owner {
+		columns = append(columns, column{title: "Owner", least: 17})
+	}
+	t := &table{columns: columns}
 	for i := range d.Domains {
 		d := &d.Domains[i]
 		id, exits, pct := none, none, api.TimePct{}
 		if d.ID != nil {
 			id = fmt.Sprint(*d.ID)
 		}
-		if paused := d.Since != nil && d.Level == "off"; collecting && d.Running() && !paused {
+		if paused := d.Since != nil && d.Level == "off"; o.Collecting && d.Running() && !paused {
 			exits, pct = brief(d.Rate), d.TimePct
 		}
-		t.add(append(append([]string{id, d.Name, d.State, exits}, cells(pct)...), topReasons(d))...)
+		row := append(append([]string{id, d.Name, d.State, exits}, cells(pct)...), topReasons(d))
+		if o.Title {
+			row = append(row, cmp.Or(title(d), none))
+		}
+		if o.Owner {
+			row = append(row, cmp.Or(owner(d.Cloud), none))
+		}
+		t.add(row...)
 	}
 	return t.write(w)
+}
+
+// title is the domain's, or what its cloud calls it.
+func title(d *api.Domain) string {
+	if d.Title == "" && d.Cloud != nil {
+		return d.Cloud.Name
+	}
+	return d.Title
+}
+
+// owner tells which cloud manages the domain, and for whom.
+func owner(c *api.Cloud) string {
+	if c == nil {
+		return ""
+	}
+	s := c.System
+	if whose := cmp.Or(c.Namespace, c.Project, c.ProjectID); whose != "" {
+		s += " " + whose
+	}
+	if user := cmp.Or(c.User, c.UserID); user != "" {
+		s += " (" + user + ")"
+	}
+	return s
 }
 
 // topReasons names the three most frequent reasons.

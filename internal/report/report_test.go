@@ -155,6 +155,32 @@ func named(names ...string) []api.Domain {
 var ugly = named("虚拟机一号", "naïve café", "comma, \"quote\" 'n' tick", "line\nbreak\ttab\x1b[31mred", "=1+1", " lead and trail ",
 	"\u202egnp.evil", "e\u0301clair", "🦊 fox", "bad\xffutf8", "", strings.Repeat("a-very-long-name-", 10), strings.Repeat("虚", 40))
 
+// uglier adds what looks like an id or a uuid, and what terminals may disagree on.
+var uglier = append(ugly, named("12", "c7a5fdbd-edaf-9455-926a-d65c16db1809", "-x", "vm1", "vm10", "שלום עולם", "خادم-1", "👩\u200d💻",
+	"e\u0323"+strings.Repeat("\u0301", 30), "\u0301", "ｆｕｌｌ", strings.Repeat("n", 200), strings.Repeat("🦊", 200), "a,,b", "\r\n", `"`, "'", "$(reboot)")...)
+
+// clouds are domains that somebody owns.
+func clouds() []api.Domain {
+	domains := named("instance-0000001a", "mail-01", "team-a_fedora-vm.1", "by hand", "batch", "=cmd", "rtl")
+	for i, cloud := range []*api.Cloud{
+		{System: "nova", Name: "web 01, \"blue\" & 绿", InstanceUUID: "4dea22b3-1d52-d8f3-2516-782e98ab3fa0",
+			Project: "shop", ProjectID: "9e8d7c6b5a4f43218765fedcba098765", User: "alice", UserID: "2b0d6c8f4e1a4975a3c1d0e9f8b7a695", Flavor: "m1.large"},
+		{System: "ovirt", Name: "mail-01", InstanceUUID: "ccd945c8-8069-4f31-8471-bbb58e9dd600"},
+		{System: "kubevirt", Namespace: "team-a", Name: "fedora-vm.1", InstanceUUID: "f4686d2c-6e8d-4335-b8fd-81bee22f0000"},
+		nil,
+		{System: "nova", ProjectID: "9e8d7c6b5a4f43218765fedcba098765", UserID: "2b0d6c8f4e1a4975a3c1d0e9f8b7a695"},
+		nil,
+		{System: "nova", Name: "שרת", Project: "חנות", User: "דנה"},
+	} {
+		d := &domains[i]
+		d.Cloud, d.VCPUs, d.Exits = cloud, d.VCPUs[:1], d.Exits[:1]
+	}
+	domains[1].Title = "The mail server of the whole house, and its spam"
+	domains[3].Title, domains[3].Description = "Title\n\x1b[31m, \"quoted\"", "two\nlines"
+	domains[6].Title = "שרת הדואר"
+	return domains
+}
+
 func cases() map[string][]api.Domain {
 	return map[string][]api.Domain{
 		"usual": {web(), intel(), counted(), paused(), off()},
@@ -203,7 +229,7 @@ func TestGolden(t *testing.T) {
 		for name, domains := range cases() {
 			report := api.Report{Schema: api.Schema, Time: since, IntervalNS: 1e9, Domains: domains}
 			check("list-"+name, f, func(w *bytes.Buffer) error {
-				return List(w, api.Domains{Schema: api.Schema, Domains: domains}, f, true)
+				return List(w, api.Domains{Schema: api.Schema, Domains: domains}, ListOptions{Format: f, Collecting: true})
 			})
 			check("reasons-"+name, f, func(w *bytes.Buffer) error {
 				return Report(w, report, Options{Format: f, By: ByReason})
@@ -213,8 +239,17 @@ func TestGolden(t *testing.T) {
 			})
 		}
 		check("list-standing-still", f, func(w *bytes.Buffer) error {
-			return List(w, api.Domains{Schema: api.Schema, Domains: cases()["usual"]}, f, false)
+			return List(w, api.Domains{Schema: api.Schema, Domains: cases()["usual"]}, ListOptions{Format: f})
 		})
+		for name, o := range map[string]ListOptions{"title": {Title: true}, "owner": {Owner: true}, "title-owner": {Title: true, Owner: true}} {
+			if f == JSON && name != "title-owner" {
+				continue // there it is the same
+			}
+			o.Format, o.Collecting = f, true
+			check("list-"+name, f, func(w *bytes.Buffer) error {
+				return List(w, api.Domains{Schema: api.Schema, Domains: clouds()}, o)
+			})
+		}
 		check("reasons-limit", f, func(w *bytes.Buffer) error {
 			return Report(w, api.Report{Schema: api.Schema, Total: true, Time: since, Domains: []api.Domain{web(), intel()}}, Options{Format: f, By: ByReason, Limit: 2})
 		})
@@ -233,19 +268,54 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// CSV carries names through unchanged.
-func TestCSVNames(t *testing.T) {
+// A name moves no column, however wide a terminal shows it.
+func TestColumns(t *testing.T) {
 	var out bytes.Buffer
-	if err := List(&out, api.Domains{Domains: ugly}, CSV, true); err != nil {
+	if err := List(&out, api.Domains{Domains: uglier}, ListOptions{Format: Table, Collecting: true}); err != nil {
 		t.Fatal(err)
 	}
-	rows, err := csv.NewReader(&out).ReadAll()
+	want := -1
+	for line := range strings.Lines(out.String()) {
+		before, _, ok := strings.Cut(line, "running")
+		if !ok {
+			continue
+		}
+		if want < 0 {
+			want = width(before)
+		}
+		if got := width(before); got != want {
+			t.Errorf("the state is in column %d, want %d: %s", got, want, line)
+		}
+	}
+	if want < 0 {
+		t.Error("no rows")
+	}
+}
+
+// CSV carries names through unchanged, JSON too where they are text.
+func TestNames(t *testing.T) {
+	var asCSV, asJSON bytes.Buffer
+	if err := List(&asCSV, api.Domains{Domains: uglier}, ListOptions{Format: CSV}); err != nil {
+		t.Fatal(err)
+	}
+	// The reader turns CR LF into LF within quotes; it is there in the file.
+	rows, err := csv.NewReader(strings.NewReader(strings.ReplaceAll(asCSV.String(), "\r", "\x00"))).ReadAll()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, d := range ugly {
-		if got := rows[i+1][1]; got != d.Name {
-			t.Errorf("name %q, want %q", got, d.Name)
+	if err := List(&asJSON, api.Domains{Domains: uglier}, ListOptions{Format: JSON}); err != nil {
+		t.Fatal(err)
+	}
+	var domains api.Domains
+	if err := json.Unmarshal(asJSON.Bytes(), &domains); err != nil {
+		t.Fatal(err)
+	}
+	for i, d := range uglier {
+		if got := strings.ReplaceAll(rows[i+1][1], "\x00", "\r"); got != d.Name {
+			t.Errorf("CSV: name %q, want %q", got, d.Name)
+		}
+		if got, want := domains.Domains[i].Name, strings.ToValidUTF8(d.Name, "\ufffd"); got != want {
+			t.Errorf("JSON: name %q, want %q", got, want)
 		}
 	}
 }
@@ -339,7 +409,7 @@ func (fullDisk) Write([]byte) (int, error) { return 0, errors.New("no space left
 
 func TestWriteError(t *testing.T) {
 	for f := range formats {
-		if err := List(fullDisk{}, api.Domains{Domains: ugly}, f, true); err == nil {
+		if err := List(fullDisk{}, api.Domains{Domains: ugly}, ListOptions{Format: f, Collecting: true}); err == nil {
 			t.Errorf("list %s: no error", f)
 		}
 		if err := Report(fullDisk{}, api.Report{Domains: ugly}, Options{Format: f, By: ByReason}); err == nil {

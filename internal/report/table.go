@@ -26,7 +26,7 @@ type column struct {
 	right bool // aligned; a column of numbers
 	least int  // width down to which it may be cut; 0: never cut
 	list  bool // of items, of which those go first that do not fit
-	spare bool // left out when the line is too long even then
+	spare bool // left out when the line is too long even then, the last one first
 }
 
 // table prints as virsh does: a leading space, a header, a dashed rule.
@@ -50,7 +50,10 @@ const (
 func (t *table) write(w io.Writer) error {
 	widths, line := t.fit()
 	for line > lineWidth {
-		spare := slices.IndexFunc(t.columns, func(c column) bool { return c.spare })
+		spare := len(t.columns) - 1
+		for spare >= 0 && !t.columns[spare].spare {
+			spare--
+		}
 		if spare < 0 {
 			break
 		}
