@@ -11,10 +11,12 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -173,8 +175,8 @@ func (a *app) report() *cobra.Command {
 		Use:   "report [DOMAIN...]",
 		Short: "Show a domain's exits by reason or by vCPU",
 		Long: `Show where the time of a domain's vCPUs went, and its exits by reason or by
-vCPU: how many, and how long they were handled. DOMAIN is an id, a name or a
-uuid; without it, all running domains are shown.
+vCPU: how many, and how long they were handled. DOMAIN is an id, a uuid or a
+name, tried in this order; without it, all running domains are shown.
 
 The time of an exit is that in which KVM or user space (QEMU) handled it, not
 that of a halt or of waiting for a CPU; User is the share of user space. Max is
@@ -323,8 +325,8 @@ func (a *app) remark(s api.Status) {
 	}
 }
 
-// complete offers the names of running domains to the shell. Where there is
-// no quick answer it offers nothing.
+// complete offers running domains to the shell. Where there is no quick answer
+// it offers nothing.
 func (a *app) complete(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
 	ctx := cmd.Context()
 	if ctx == nil {
@@ -332,20 +334,46 @@ func (a *app) complete(cmd *cobra.Command, args []string, _ string) ([]cobra.Com
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second/2)
 	defer cancel()
-	domains, err := a.client().Domains(ctx)
+	answer, err := a.client().Domains(ctx)
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	given := map[string]bool{}
+	domains := answer.Domains
+	given := map[*api.Domain]bool{}
 	for _, arg := range args {
-		given[arg] = true
-	}
-	var names []cobra.Completion
-	for _, d := range domains.Domains {
-		// The shell reads one name a line, and a description after a tab.
-		if d.Running() && !given[d.Name] && report.Clean(d.Name) == d.Name {
-			names = append(names, d.Name)
+		if d, err := api.Find(domains, arg); err == nil {
+			given[d] = true
 		}
 	}
-	return names, cobra.ShellCompDirectiveNoFileComp
+	var words []cobra.Completion
+	for i := range domains {
+		if d := &domains[i]; d.Running() && !given[d] {
+			if word := completion(domains, d); word != "" {
+				words = append(words, word)
+			}
+		}
+	}
+	return words, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completion is what can be typed to mean the domain: its name; or its uuid or
+// id, described by the name, when the name means another or cannot be typed; or
+// nothing.
+func completion(domains []api.Domain, d *api.Domain) cobra.Completion {
+	means := func(word string) bool {
+		found, err := api.Find(domains, word)
+		return err == nil && found == d
+	}
+	name := report.Clean(d.Name)
+	switch {
+	// The shell reads one word a line, without spaces around it, and takes a
+	// leading dash for a flag. What was no text in the name is lost on its way.
+	case name != "" && name == d.Name && name == strings.TrimSpace(name) && !strings.HasPrefix(name, "-") && !strings.ContainsRune(name, utf8.RuneError) && means(name):
+		return name
+	case d.UUID != nil && means(*d.UUID):
+		return cobra.CompletionWithDesc(*d.UUID, name)
+	case d.ID != nil && means(strconv.Itoa(*d.ID)):
+		return cobra.CompletionWithDesc(strconv.Itoa(*d.ID), name)
+	}
+	return ""
 }

@@ -25,14 +25,22 @@ func (e *AmbiguousError) Error() string {
 }
 
 // Find returns the one of the domains that a user means by an id, a uuid or a
-// name, tried in this order as virsh does. A running domain goes before those
-// that are not, and of several runs of one domain the latest is meant. The
-// error is a *NotFoundError or an *AmbiguousError.
+// name. As virsh does, it takes
+//
+//  1. the running domain whose libvirt id is this number,
+//  2. or else the domain that has this uuid; case and dashes do not matter,
+//  3. or else the one that is called so, in all letters.
+//
+// So a domain that is called "7" gives way to the one with id 7, and one that
+// is called as another's uuid is, to that other. In each step a running domain
+// goes before those that are not, and of several runs of one domain the latest
+// is meant. The error is a *NotFoundError or an *AmbiguousError.
 func Find(domains []Domain, domain string) (*Domain, error) {
 	id, notID := strconv.Atoi(domain)
+	uuid := plainUUID(domain)
 	for _, is := range []func(*Domain) bool{
 		func(d *Domain) bool { return notID == nil && d.ID != nil && *d.ID == id },
-		func(d *Domain) bool { return d.UUID != nil && sameUUID(*d.UUID, domain) },
+		func(d *Domain) bool { return uuid != "" && d.UUID != nil && plainUUID(*d.UUID) == uuid },
 		func(d *Domain) bool { return d.Name == domain },
 	} {
 		var found *Domain
@@ -44,7 +52,7 @@ func Find(domains []Domain, domain string) (*Domain, error) {
 			case found == nil || d.Running() && !found.Running():
 				found, ambiguous = d, false
 			case found.Running() && !d.Running():
-			case found.UUID == nil || d.UUID == nil || !sameUUID(*found.UUID, *d.UUID):
+			case found.UUID == nil || d.UUID == nil || plainUUID(*found.UUID) != plainUUID(*d.UUID):
 				ambiguous = true
 			case d.Since != nil && (found.Since == nil || d.Since.After(*found.Since)):
 				found = d
@@ -64,8 +72,11 @@ func Find(domains []Domain, domain string) (*Domain, error) {
 // domain has one.
 func (d *Domain) Running() bool { return d.TGID != 0 }
 
-// sameUUID compares as virsh does: case and dashes do not matter.
-func sameUUID(a, b string) bool {
-	a, b = strings.ReplaceAll(a, "-", ""), strings.ReplaceAll(b, "-", "")
-	return len(a) == 32 && strings.EqualFold(a, b)
+// plainUUID returns a uuid as 32 lower-case letters, or nothing when s has not
+// the length of one.
+func plainUUID(s string) string {
+	if s = strings.ReplaceAll(s, "-", ""); len(s) != 32 {
+		return ""
+	}
+	return strings.ToLower(s)
 }

@@ -4,6 +4,7 @@ package api
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"time"
 )
@@ -30,6 +31,12 @@ func TestFind(t *testing.T) {
 		{Name: "twin", TGID: 600},
 		{Name: u1, TGID: 700},
 		{Name: "a/b %2F", TGID: 800},
+		{ID: id(8), Name: "vm10", TGID: 900},
+		{ID: id(9), Name: "vm1", TGID: 901},
+		{ID: id(10), Name: "77", TGID: 902},
+		{Name: "A,,b \"c\" é虚שם", TGID: 903},
+		{Name: strings.Repeat("n", 200), TGID: 904},
+		{Name: strings.Repeat("n", 199), TGID: 905},
 	}
 	for _, tt := range []struct {
 		name, domain string
@@ -44,6 +51,16 @@ func TestFind(t *testing.T) {
 		{name: "the latest of several runs", domain: "db", want: 4},
 		{name: "the running one of several of unknown uuid", domain: "twin", want: 10},
 		{name: "ugly name", domain: "a/b %2F", want: 12},
+		{name: "name that begins another", domain: "vm1", want: 14},
+		{name: "name that another begins", domain: "vm10", want: 13},
+		{name: "name of digits that are nobody's id", domain: "77", want: 15},
+		{name: "id of the domain called by a number", domain: "10", want: 15},
+		{name: "uglier name", domain: "A,,b \"c\" é虚שם", want: 16},
+		{name: "200 letters", domain: strings.Repeat("n", 200), want: 17},
+		{name: "199 letters", domain: strings.Repeat("n", 199), want: 18},
+		{name: "part of a name", domain: "vm", wantErr: "failed to get domain 'vm'"},
+		{name: "name in other letters", domain: "VM1", wantErr: "failed to get domain 'VM1'"},
+		{name: "32 letters that are no uuid", domain: strings.Repeat("é", 16), wantErr: "failed to get domain '" + strings.Repeat("é", 16) + "'"},
 		{name: "ambiguous", domain: "qemu-system-x86", wantErr: "more than one domain is called 'qemu-system-x86': use the id or the uuid"},
 		{name: "unknown", domain: "nope", wantErr: "failed to get domain 'nope'"},
 		{name: "unknown id", domain: "99", wantErr: "failed to get domain '99'"},
