@@ -32,9 +32,11 @@ func (e *AmbiguousError) Error() string {
 //  3. or else the one that is called so, in all letters.
 //
 // So a domain that is called "7" gives way to the one with id 7, and one that
-// is called as another's uuid is, to that other. In each step a running domain
-// goes before those that are not, and of several runs of one domain the latest
-// is meant. The error is a *NotFoundError or an *AmbiguousError.
+// is called as another's uuid is, to that other. In each step a domain that
+// libvirt runs goes before a process that says it is that domain, which anybody
+// can start; this before one that does not run; and of several runs of one
+// domain the latest is meant. The error is a *NotFoundError or an
+// *AmbiguousError.
 func Find(domains []Domain, domain string) (*Domain, error) {
 	id, notID := strconv.Atoi(domain)
 	uuid := plainUUID(domain)
@@ -49,9 +51,9 @@ func Find(domains []Domain, domain string) (*Domain, error) {
 			d := &domains[i]
 			switch {
 			case !is(d):
-			case found == nil || d.Running() && !found.Running():
+			case found == nil || d.rank() > found.rank():
 				found, ambiguous = d, false
-			case found.Running() && !d.Running():
+			case d.rank() < found.rank():
 			case found.UUID == nil || d.UUID == nil || plainUUID(*found.UUID) != plainUUID(*d.UUID):
 				ambiguous = true
 			case d.Since != nil && (found.Since == nil || d.Since.After(*found.Since)):
@@ -66,6 +68,16 @@ func Find(domains []Domain, domain string) (*Domain, error) {
 		}
 	}
 	return nil, &NotFoundError{domain}
+}
+
+func (d *Domain) rank() int {
+	switch {
+	case d.ID != nil:
+		return 2
+	case d.Running():
+		return 1
+	}
+	return 0
 }
 
 // Running tells whether the domain has a process, whatever its State: a paused

@@ -37,6 +37,9 @@ func TestFind(t *testing.T) {
 		{Name: "A,,b \"c\" é虚שם", TGID: 903},
 		{Name: strings.Repeat("n", 200), TGID: 904},
 		{Name: strings.Repeat("n", 199), TGID: 905},
+		{Name: "victim", UUID: uuid("22222222-1111-1111-1111-111111111111"), TGID: 906, Since: at(99)},
+		{ID: id(11), Name: "victim", UUID: uuid("22222222-1111-1111-1111-111111111111"), TGID: 907, Since: at(1)},
+		{Name: "victim", TGID: 908},
 	}
 	for _, tt := range []struct {
 		name, domain string
@@ -61,6 +64,8 @@ func TestFind(t *testing.T) {
 		{name: "part of a name", domain: "vm", wantErr: "failed to get domain 'vm'"},
 		{name: "name in other letters", domain: "VM1", wantErr: "failed to get domain 'VM1'"},
 		{name: "32 letters that are no uuid", domain: strings.Repeat("é", 16), wantErr: "failed to get domain '" + strings.Repeat("é", 16) + "'"},
+		{name: "libvirt's goes before who says so", domain: "victim", want: 20},
+		{name: "libvirt's goes before who says so, by uuid", domain: "22222222-1111-1111-1111-111111111111", want: 20},
 		{name: "ambiguous", domain: "qemu-system-x86", wantErr: "more than one domain is called 'qemu-system-x86': use the id or the uuid"},
 		{name: "unknown", domain: "nope", wantErr: "failed to get domain 'nope'"},
 		{name: "unknown id", domain: "99", wantErr: "failed to get domain '99'"},
