@@ -215,7 +215,7 @@ func (m *Map) read(pid int) (key, guest, error) {
 }
 
 // nameless names a guest that has no name.
-func nameless(comm string, tgid int) string { return fmt.Sprintf("%s-%d", comm, tgid) }
+func nameless(comm string, tgid int) string { return fmt.Sprintf("%s-%d", text(comm), tgid) }
 
 // add adds what was just read about a living process. What was known before
 // and was not found again stays: libvirt removes its files before the process

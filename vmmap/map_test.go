@@ -357,6 +357,14 @@ func TestDeathBeforeLookup(t *testing.T) {
 	h.expect(vm1, "", Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "rundir", VCPUs: map[int]int{206: 0, 207: 1}, Metadata: titled}, true)
 }
 
+// The kernel cuts a process's name after 15 bytes.
+func TestCutName(t *testing.T) {
+	h := newHost(t, nil)
+	if d, _ := h.Lookup(snapshot.Process{TGID: 300, Start: 5 * tick}, "虚拟机虚\xe6\x8b"); d.Name != "虚拟机虚\ufffd-300" {
+		t.Errorf("%q", d.Name)
+	}
+}
+
 func TestTooBrief(t *testing.T) {
 	h := newHost(t, nil)
 	brief := snapshot.Process{TGID: 300, Start: 5 * tick}
@@ -438,6 +446,33 @@ func TestRenamedPast(t *testing.T) {
 	l.listing.Store(&listing{records: []record{{nil, "renamed", uuid1, ShutOff, true}}})
 	h.expect(vm1, "", Domain{Name: "renamed", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}}, true)
 	h.expect(byHand, "", Domain{Name: "old style", UUID: uuid1, State: ShutOff, Source: "proc", VCPUs: map[int]int{253: 0}}, true)
+}
+
+// swtpm has a guest's uuid in its arguments, and is none.
+func TestHelper(t *testing.T) {
+	for _, test := range []struct{ name, remove string }{
+		{"debugfs", "none"},
+		{"no debugfs", "sys/kernel"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := newHost(t, said(nil, records...))
+			h.remove(test.remove)
+			h.refresh()
+			before := h.Domains()
+			if err := os.CopyFS(h.path("proc/300"), os.DirFS("testdata/host/proc/133")); err != nil { // libvirtd's files
+				t.Fatal(err)
+			}
+			h.replace("proc/300/stat", "133 (libvirtd)", "300 (swtpm)")
+			cmdline := "swtpm\x00socket\x00--tpmstate\x00dir=/var/lib/libvirt/swtpm/" + uuid1 + "\x00-name\x00guest=vm1\x00-uuid\x00" + uuid1 + "\x00"
+			if err := os.WriteFile(h.path("proc/300/cmdline"), []byte(cmdline), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			h.refresh()
+			if diff := cmp.Diff(before, h.Domains()); diff != "" || len(before) < 5 {
+				t.Errorf("(-before +after)\n%s", diff)
+			}
+		})
+	}
 }
 
 // libvirt died first, then its guests, then their process ids were reused.

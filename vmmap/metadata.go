@@ -82,7 +82,7 @@ func (x *domainXML) metadata() Metadata {
 // cloud reads one element of the metadata. It returns nil when that is not a
 // cloud's.
 func (x *domainXML) cloud(e *elementXML) *Cloud {
-	text := strings.TrimSpace
+	trim := strings.TrimSpace
 	switch ns, element := e.XMLName.Space, e.XMLName.Local; {
 	case ns == ovirtNS && element == "vm":
 		// It tells nothing about who this is: the domain's own name and uuid
@@ -91,16 +91,16 @@ func (x *domainXML) cloud(e *elementXML) *Cloud {
 	case strings.HasPrefix(ns, novaNS) && element == "instance":
 		return &Cloud{
 			System:       "nova",
-			Name:         text(e.Name),
+			Name:         trim(e.Name),
 			InstanceUUID: parseUUID(x.UUID),
-			Project:      text(e.Project.Name),
-			ProjectID:    text(e.Project.ID),
-			User:         text(e.User.Name),
-			UserID:       text(e.User.ID),
-			Flavor:       text(e.Flavor.Name),
+			Project:      trim(e.Project.Name),
+			ProjectID:    trim(e.Project.ID),
+			User:         trim(e.User.Name),
+			UserID:       trim(e.User.ID),
+			Flavor:       trim(e.Flavor.Name),
 		}
 	case ns == kubevirtNS && element == "kubevirt":
-		return kubevirt(x.Name, parseUUID(text(e.UID)))
+		return kubevirt(x.Name, parseUUID(trim(e.UID)))
 	}
 	return nil
 }

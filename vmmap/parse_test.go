@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -99,6 +100,7 @@ func TestParseCmdline(t *testing.T) {
 		{"equals sign", argv("-name", "guest=a=b"), args{"a=b", ""}},
 		{"commas", argv("-name", "guest=,,a,,,,b,,,process=c"), args{",a,,b,", ""}},
 		{"last comma", argv("-name", "a,"), args{"a", ""}},
+		{"not UTF-8", argv("-name", "a\xffb\xe8\x99"), args{"a\ufffdb\ufffd", ""}},
 		{"uuid in a value", argv("-smbios", "type=1,uuid="+uuid), args{}},
 		{"uuid like swtpm", argv("--tpmstate", "dir=/x/"+uuid), args{}},
 		{"kernel arguments", argv("-append", "-name", "b", "-append", "-uuid", uuid), args{}},
@@ -130,8 +132,8 @@ func FuzzCmdline(f *testing.F) {
 	f.Add([]byte("firecracker\x00--id\x00a\x00"))
 	f.Add([]byte("cloud-hypervisor\x00--api-socket\x00path=/run/a/api.sock\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if a := parseCmdline(b); a.uuid != "" && parseUUID(a.uuid) != a.uuid {
-			t.Errorf("uuid %q", a.uuid)
+		if a := parseCmdline(b); a.uuid != "" && parseUUID(a.uuid) != a.uuid || !utf8.ValidString(a.name) {
+			t.Errorf("%q", a)
 		}
 		if name := socketName(string(b)); strings.Contains(name, "/") {
 			t.Errorf("name %q of a socket", name)

@@ -115,7 +115,7 @@ func parseQEMU(argv []string) args {
 		case "name":
 			i++
 			if name := parseName(argv[i]); name != "" {
-				a.name = name
+				a.name = text(name)
 			}
 		case "uuid":
 			i++
@@ -126,6 +126,10 @@ func parseQEMU(argv []string) args {
 	}
 	return a
 }
+
+// text replaces what is not UTF-8, as that of a name cut short by the kernel: a
+// name is shown as JSON, and asked for as it is shown.
+func text(s string) string { return strings.ToValidUTF8(s, "\ufffd") }
 
 // parseName reads the value of -name: "guest=NAME,key=value..." or the older
 // "NAME,key=value...". A comma within a value is doubled.
