@@ -56,7 +56,6 @@ func TestComplete(t *testing.T) {
 		{"twins nobody can tell", []api.Domain{running(0, "a", ""), running(0, "a", ""), running(1, "b", "")}, "report", "b\n"},
 		{"another is shut off", []api.Domain{running(1, "a", u1), {Name: "a", UUID: ptr(u2)}}, "report", "a\n"},
 		{"control characters, nothing", []api.Domain{running(1, "a\tb\x1b", u1), running(2, "", u2)}, "report", u1 + "\ta\\tb\\x1b\n" + u2 + "\n"},
-		{"no text", []api.Domain{running(0, "a\xff", u1)}, "report", u1 + "\ta\ufffd\n"},
 		{"dash, spaces around", []api.Domain{running(1, "-x", u1), running(2, " a ", u2)}, "report", u1 + "\t-x\n" + u2 + "\t a\n"},
 		{"given by name", []api.Domain{running(1, "a", u1), running(2, "b", u2)}, "report a", "b\n"},
 		{"given by id and uuid", []api.Domain{running(1, "a", u1), running(2, "b", u2), running(3, "c", "")}, "report 2 " + u1, "c\n"},

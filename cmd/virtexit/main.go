@@ -16,7 +16,6 @@ import (
 	"syscall"
 	"time"
 	"unicode"
-	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -367,8 +366,8 @@ func completion(domains []api.Domain, d *api.Domain) cobra.Completion {
 	name := report.Clean(d.Name)
 	switch {
 	// The shell reads one word a line, without spaces around it, and takes a
-	// leading dash for a flag. What was no text in the name is lost on its way.
-	case name != "" && name == d.Name && name == strings.TrimSpace(name) && !strings.HasPrefix(name, "-") && !strings.ContainsRune(name, utf8.RuneError) && means(name):
+	// leading dash for a flag.
+	case name != "" && name == d.Name && name == strings.TrimSpace(name) && !strings.HasPrefix(name, "-") && means(name):
 		return name
 	case d.UUID != nil && means(*d.UUID):
 		return cobra.CompletionWithDesc(*d.UUID, name)

@@ -126,7 +126,7 @@ func (b *fakeBackend) SetCollection(c api.Collection) (api.Status, error) {
 
 func ptr[T any](v T) *T { return &v }
 
-var uglyNames = []string{"a/b", "//", "..", "spa ce", "50%", "%2F", "?x=1&y#z", "ünïcödé 虚拟机", "comma,\"quote\"", "new\nline\x01", "<&>", ":@;+"}
+var uglyNames = []string{"a/b", "//", "..", "spa ce", "50%", "%2F", "?x=1&y#z", "ünïcödé 虚拟机", "comma,\"quote\"", "new\nline\x01", "<&>", ":@;+", ".", "a,,b", "-x", "\\", "e\u0301 שלום 🦊", strings.Repeat("n", 200), "lost\ufffd"}
 
 func newBackend() *fakeBackend {
 	b := &fakeBackend{
