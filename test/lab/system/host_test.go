@@ -6,10 +6,12 @@ package system
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"html"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -282,7 +284,7 @@ type domain struct {
 func create(t *testing.T, d domain) {
 	t.Helper()
 	virsh(t, "create", define(t, d))
-	t.Cleanup(func() { exec.Command("virsh", "-c", "qemu:///system", "destroy", d.name).Run() })
+	t.Cleanup(func() { exec.Command("virsh", "-c", "qemu:///system", "destroy", "--", cmp.Or(d.uuid, d.name)).Run() })
 }
 
 // define writes a domain down for virsh.
@@ -292,7 +294,7 @@ func define(t *testing.T, d domain) string {
   <name>%s</name>%s<memory unit='MiB'>%d</memory><vcpu>%d</vcpu>
   <os><type arch='x86_64' machine='pc'>hvm</type>%s</os><features><acpi/><apic/></features>
   <devices><emulator>/usr/bin/qemu-system-x86_64</emulator><controller type='usb' model='none'/><memballoon model='none'/><serial type='null'/></devices>%s
-</domain>`, d.name, tag("uuid", d.uuid), max(d.memory, 16), max(d.vcpus, 1), d.os, d.more)
+</domain>`, html.EscapeString(d.name), tag("uuid", d.uuid), max(d.memory, 16), max(d.vcpus, 1), d.os, d.more)
 	file := filepath.Join(t.TempDir(), "domain.xml")
 	if err := os.WriteFile(file, []byte(xml), 0o600); err != nil {
 		t.Fatal(err)
