@@ -77,23 +77,32 @@ func TestPod(t *testing.T) {
 		name      string
 		change    func(root string) error
 		container *Container
+		cloud     *Cloud
 	}{
-		{"recorded", func(string) error { return nil }, &Container{ID: containerID, Pod: podUIDText, PID: 44}},
+		{"recorded", func(string) error { return nil }, &Container{ID: containerID, Pod: podUIDText, PID: 44}, nil},
 		{"the host's pid namespace", func(root string) error {
 			return edit(root, "status", "NSpid:\t236\t44", "NSpid:\t236")
-		}, &Container{ID: containerID, Pod: podUIDText, PID: 236}},
+		}, &Container{ID: containerID, Pod: podUIDText, PID: 236}, nil},
 		{"the host's cgroup", func(root string) error {
 			return os.WriteFile(filepath.Join(root, "proc/236/cgroup"), []byte("0::/\n"), 0o600)
-		}, &Container{PID: 44}},
+		}, &Container{PID: 44}, nil},
 		{"no cgroups", func(root string) error {
 			return os.Remove(filepath.Join(root, "proc/236/cgroup"))
-		}, &Container{PID: 44}},
+		}, &Container{PID: 44}, nil},
 		{"a namespace in the pod's", func(root string) error {
 			return edit(root, "status", "NSpid:\t236\t44", "NSpid:\t236\t44\t1")
-		}, &Container{ID: containerID, Pod: podUIDText, PID: 1}},
+		}, &Container{ID: containerID, Pod: podUIDText, PID: 1}, nil},
+		{"as KubeVirt has it", func(root string) error {
+			return launch(root, "/usr/bin/virt-launcher-monitor", "--qemu-timeout", "256s", "--name", "web", "--uid", "F0EB9F8D-291f-404d-8f75-108cb2201369",
+				"--namespace", "default", "--kubevirt-share-dir", "/var/run/kubevirt")
+		}, &Container{ID: containerID, Pod: podUIDText, PID: 44},
+			&Cloud{System: "kubevirt", Name: "web", Namespace: "default", InstanceUUID: "f0eb9f8d-291f-404d-8f75-108cb2201369"}},
+		{"another's pod", func(root string) error {
+			return launch(root, "/usr/sbin/libvirtd", "--name", "web", "--namespace", "default")
+		}, &Container{ID: containerID, Pod: podUIDText, PID: 44}, nil},
 		{"neither", func(root string) error {
 			return edit(root, "status", "NSpid:\t236\t44", "NSpid:\t236", "cgroup", "kubepods", "system", "cgroup", containerID, "x")
-		}, nil},
+		}, nil, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			root := t.TempDir()
@@ -108,12 +117,20 @@ func TestPod(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := []Domain{{Name: "default_web", UUID: "11111111-2222-4333-8444-0000000000ee", TGID: 236, Start: 2219 * tick,
-				State: Running, Source: "proc", VCPUs: map[int]int{245: 0}, Seen: now, Container: test.container}}
+				State: Running, Source: "proc", VCPUs: map[int]int{245: 0}, Seen: now, Container: test.container, Metadata: Metadata{Cloud: test.cloud}}}
 			if diff := cmp.Diff(want, m.Domains()); diff != "" {
 				t.Errorf("(-want +got)\n%s", diff)
 			}
 		})
 	}
+}
+
+// launch adds the process's parent.
+func launch(root string, argv ...string) error {
+	if err := os.Mkdir(filepath.Join(root, "proc/188"), 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(root, "proc/188/cmdline"), []byte(strings.Join(argv, "\x00")+"\x00"), 0o600)
 }
 
 // edit replaces text in files of process 236: file, old, new.

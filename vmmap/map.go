@@ -59,6 +59,7 @@ type guest struct {
 	name   string // made of the process, for want of a better one
 	args   args
 	where  *Container
+	cloud  *Cloud  // as KubeVirt started it
 	run    *status // nil when no run directory told of it
 	vcpus  map[int]int
 	seen   time.Time // alive
@@ -203,13 +204,21 @@ func (m *Map) read(pid int) (key, guest, error) {
 	m.mu.Lock()
 	old := m.guests[k]
 	if old != nil && old.read {
-		g.args, g.where = old.args, old.where
+		g.args, g.where, g.cloud = old.args, old.where, old.cloud
 		m.mu.Unlock()
 		return k, g, nil
 	}
 	m.mu.Unlock()
-	if g.args, err = m.proc.args(pid); err == nil {
-		g.where, err = m.proc.container(pid)
+	cmdline, err := m.proc.cmdline(pid)
+	if err != nil {
+		return k, g, err
+	}
+	g.args = parseCmdline(cmdline)
+	if g.where, err = m.proc.container(pid); err == nil && g.where != nil && g.where.Pod != "" {
+		// A parent that is gone, or is not ours to see, is no reason to lose the guest.
+		if launcher, err := m.proc.cmdline(s.parent); err == nil {
+			g.cloud = parseLauncher(launcher)
+		}
 	}
 	return k, g, err
 }
@@ -227,7 +236,7 @@ func (m *Map) add(k key, g guest) {
 		m.guests[k] = &g
 		return
 	}
-	old.name, old.args, old.where, old.seen, old.read = g.name, g.args, g.where, g.seen, true
+	old.name, old.args, old.where, old.cloud, old.seen, old.read = g.name, g.args, g.where, g.cloud, g.seen, true
 	old.dead = false
 	if g.run != nil {
 		old.run = g.run
@@ -415,6 +424,7 @@ func (g *guest) identify(k key) {
 		Seen:   g.seen,
 
 		Container: g.where,
+		Metadata:  Metadata{Cloud: g.cloud},
 	}
 	if g.args.name != "" {
 		d.Name, d.Source = g.args.name, "proc"

@@ -444,7 +444,7 @@ func TestRenamedPast(t *testing.T) {
 	h.remove("proc/201", "proc/250", "run/libvirt/qemu/vm1.xml", "sys/kernel/debug/kvm/201-9", "sys/kernel/debug/kvm/250-10")
 	h.refresh()
 	l.listing.Store(&listing{records: []record{{nil, "renamed", uuid1, ShutOff, true, nil}}})
-	h.expect(vm1, "", Domain{Name: "renamed", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}}, true)
+	h.expect(vm1, "", Domain{Name: "renamed", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}, Metadata: titled}, true)
 	h.expect(byHand, "", Domain{Name: "old style", UUID: uuid1, State: ShutOff, Source: "proc", VCPUs: map[int]int{253: 0}}, true)
 }
 

@@ -44,17 +44,18 @@ func TestParseStat(t *testing.T) {
 		want     stat
 		dead, ok bool
 	}{
-		{"recorded", string(read(t, "testdata/host/proc/201/stat")), stat{"qemu-system-x86", 'S', 5, 2226}, false, true},
-		{"spaces", line("a b", "R", "2", "8"), stat{"a b", 'R', 2, 8}, false, true},
-		{"parentheses", line(") R 1 (", "R", "2", "8"), stat{") R 1 (", 'R', 2, 8}, false, true},
-		{"newline", line("a\nb", "R", "2", "8"), stat{"a\nb", 'R', 2, 8}, false, true},
-		{"zombie", line("z", "Z", "1", "8"), stat{"z", 'Z', 1, 8}, true, true},
-		{"first thread ended", line("z", "Z", "3", "8"), stat{"z", 'Z', 3, 8}, false, true},
+		{"recorded", string(read(t, "testdata/host/proc/201/stat")), stat{"qemu-system-x86", 'S', 1, 5, 2226}, false, true},
+		{"spaces", line("a b", "R", "2", "8"), stat{"a b", 'R', 1, 2, 8}, false, true},
+		{"parentheses", line(") R 1 (", "R", "2", "8"), stat{") R 1 (", 'R', 1, 2, 8}, false, true},
+		{"newline", line("a\nb", "R", "2", "8"), stat{"a\nb", 'R', 1, 2, 8}, false, true},
+		{"zombie", line("z", "Z", "1", "8"), stat{"z", 'Z', 1, 1, 8}, true, true},
+		{"first thread ended", line("z", "Z", "3", "8"), stat{"z", 'Z', 1, 3, 8}, false, true},
 		{"empty", "", stat{}, false, false},
 		{"no name", "7 S 1", stat{}, false, false},
 		{"name the wrong way round", "7 )a( S 1", stat{}, false, false},
 		{"cut", line("a", "R", "2", "8")[:30], stat{}, false, false},
 		{"start not a number", line("a", "R", "2", "x"), stat{}, false, false},
+		{"parent not a number", strings.Replace(line("a", "R", "2", "8"), "R 1", "R x", 1), stat{}, false, false},
 		{"threads not a number", line("a", "R", "x", "8"), stat{}, false, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {

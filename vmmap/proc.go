@@ -23,6 +23,7 @@ const tick = 1e9 / 100
 type stat struct {
 	comm    string
 	state   byte
+	parent  int
 	threads int
 	start   uint64 // ticks of CLOCK_BOOTTIME
 }
@@ -41,6 +42,10 @@ func parseStat(b []byte) (stat, error) {
 	if len(f) < 20 || len(f[0]) != 1 {
 		return stat{}, fmt.Errorf("stat: %d fields after the name in %q", len(f), b)
 	}
+	parent, err := strconv.Atoi(f[1])
+	if err != nil {
+		return stat{}, fmt.Errorf("stat: parent: %w", err)
+	}
 	threads, err := strconv.Atoi(f[17])
 	if err != nil {
 		return stat{}, fmt.Errorf("stat: number of threads: %w", err)
@@ -49,7 +54,7 @@ func parseStat(b []byte) (stat, error) {
 	if err != nil {
 		return stat{}, fmt.Errorf("stat: start time: %w", err)
 	}
-	return stat{comm: string(b[open+1 : end]), state: f[0][0], threads: threads, start: start}, nil
+	return stat{comm: string(b[open+1 : end]), state: f[0][0], parent: parent, threads: threads, start: start}, nil
 }
 
 // args is who a process says it is: a hint, for whoever starts it chooses.
@@ -61,7 +66,7 @@ type args struct {
 // parseCmdline reads /proc/<pid>/cmdline as the program does that it is of. One
 // that is not known is taken for QEMU.
 func parseCmdline(b []byte) args {
-	argv := strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
+	argv := split(b)
 	switch program := filepath.Base(argv[0]); {
 	case strings.HasPrefix(program, "firecracker"): // and its version
 		return args{name: option(argv, "--id")}
@@ -69,6 +74,25 @@ func parseCmdline(b []byte) args {
 		return args{name: socketName(option(argv, "--api-socket"))}
 	}
 	return parseQEMU(argv)
+}
+
+func split(cmdline []byte) []string {
+	return strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")
+}
+
+// parseLauncher reads /proc/<pid>/cmdline of the first process in a pod, which
+// is the parent of its QEMU. It returns nil when it is not KubeVirt's.
+func parseLauncher(b []byte) *Cloud {
+	argv := split(b)
+	if !strings.HasPrefix(filepath.Base(argv[0]), "virt-launcher") { // or virt-launcher-monitor
+		return nil
+	}
+	return &Cloud{
+		System:       "kubevirt",
+		Name:         text(option(argv, "--name")),
+		Namespace:    text(option(argv, "--namespace")),
+		InstanceUUID: parseUUID(option(argv, "--uid")),
+	}
 }
 
 // option returns the value of a long option, in either spelling.
@@ -195,13 +219,13 @@ func (p proc) stat(pid int) (stat, error) {
 	return s, err
 }
 
-// args reads who a process says it is.
-func (p proc) args(pid int) (args, error) {
+// cmdline reads the arguments of a process: who it says it is.
+func (p proc) cmdline(pid int) ([]byte, error) {
 	b, err := os.ReadFile(p.path(pid, "cmdline"))
 	if err != nil {
-		return args{}, gone(err)
+		return nil, gone(err)
 	}
-	return parseCmdline(b), nil
+	return b, nil
 }
 
 // tgid tells which process a thread belongs to.
