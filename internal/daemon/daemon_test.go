@@ -258,7 +258,7 @@ func (h *host) exits(tgid, vcpu int, code uint32, n uint64) {
 	s := &h.snap.Slots[i]
 	row := snapshot.Row{Code: code, Count: n}
 	if level >= snapshot.Time {
-		row.Time, row.Max, row.Hist[1] = n*1000, 1000, n
+		row.Time, row.Max, row.Hist = n*1000, 1000, snapshot.Hist{0, n}
 		s.Times.KVM += n * 1000
 		s.Times.Guest += n * 1000
 	}

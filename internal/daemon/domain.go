@@ -197,11 +197,7 @@ func exits(view *ledger.View, counts, rates *ledger.Total) []api.Exit {
 		if now := rates.Find(r); now != nil {
 			e.Rate = perSecond(now.Count, rates.Span)
 		}
-		var timed uint64
-		for _, n := range r.Hist {
-			timed += n
-		}
-		if timed > 0 {
+		if timed := r.Timed(); timed > 0 {
 			ns := func(ticks uint64) *uint64 {
 				ns := snapshot.NS(ticks, view.TickHz)
 				return &ns

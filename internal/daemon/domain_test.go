@@ -35,7 +35,7 @@ func TestDomain(t *testing.T) {
 			Wall: 10 * second, Span: 2 * second, Level: level, Exits: 30, Times: times(3),
 			VCPUs: []ledger.VCPU{{ID: 0, TID: 10, Exits: 10, Times: times(1)}, {ID: 4, TID: 14, Exits: 20, Times: times(2)}},
 			Rows: []ledger.Row{{ISA: exitreason.SVM, Row: snapshot.Row{
-				Code: 0x7b, Count: 30, Time: us(90), User: us(30), Max: us(4), Hist: [snapshot.NumHist]uint64{3: 30},
+				Code: 0x7b, Count: 30, Time: us(90), User: us(30), Max: us(4), Hist: snapshot.Hist{3: 30},
 			}}},
 		}
 	}

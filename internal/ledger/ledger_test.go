@@ -41,7 +41,7 @@ func slot(index, generation uint32, count uint64) snapshot.Slot {
 
 func row(code uint32, count uint64) snapshot.Row {
 	r := snapshot.Row{Code: code, Count: count, Time: 10 * count, Max: min(count, 1) * 10}
-	r.Hist[0] = count
+	r.Hist = snapshot.NewHist([]uint64{count})
 	return r
 }
 
@@ -604,7 +604,7 @@ func FuzzApply(f *testing.F) {
 					if total := v.Processes[p]; total != nil {
 						for _, r := range total.Rows {
 							got[r.Code] = r.Count
-							if r.Hist[0] != r.Count || r.Time != 10*r.Count || r.Max != 10 {
+							if r.Timed() != r.Count || r.Time != 10*r.Count || r.Max != 10 {
 								t.Fatalf("%v: row %v does not agree with itself", p, r)
 							}
 							sum += r.Count

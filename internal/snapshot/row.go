@@ -14,9 +14,61 @@ func (r *Row) Add(o Row) {
 	r.Time += o.Time
 	r.User += o.User
 	r.Max = max(r.Max, o.Max)
-	for i := range r.Hist {
-		r.Hist[i] += o.Hist[i]
+	r.Hist = r.Hist.grow(len(o.Hist))
+	for i, n := range o.Hist {
+		r.Hist[i] += n
 	}
+}
+
+// Advance adds to r what was added to an addend of it, from old to now. Unless
+// shared is set it may change r.Hist in place: nobody else has that.
+func (r *Row) Advance(old, now *Row, shared bool) {
+	r.Count += now.Count - old.Count
+	r.Time += now.Time - old.Time
+	r.User += now.User - old.User
+	r.Max = max(r.Max, now.Max)
+	if old.Hist.Same(now.Hist) {
+		return
+	}
+	if n := max(len(old.Hist), len(now.Hist)); shared || n > len(r.Hist) {
+		r.Hist = r.Hist.grow(n)
+	}
+	for i, n := range now.Hist {
+		r.Hist[i] += n
+	}
+	for i, n := range old.Hist {
+		r.Hist[i] -= n
+	}
+}
+
+// NewHist copies buckets.
+func NewHist(buckets []uint64) Hist { return Hist(buckets).trim().grow(0) }
+
+// trim leaves out the empty buckets at the end.
+func (h Hist) trim() Hist {
+	n := len(h)
+	for n > 0 && h[n-1] == 0 {
+		n--
+	}
+	if n == 0 {
+		return nil
+	}
+	return h[:n]
+}
+
+// grow returns a copy that has n buckets or more.
+func (h Hist) grow(n int) Hist {
+	if n = max(n, len(h)); n == 0 {
+		return nil
+	}
+	c := make(Hist, n)
+	copy(c, h)
+	return c
+}
+
+// Same tells whether both are the same memory.
+func (h Hist) Same(o Hist) bool {
+	return len(h) == len(o) && (len(h) == 0 || &h[0] == &o[0])
 }
 
 // Sub is what was added to r since it was old.
@@ -29,22 +81,33 @@ func (r Row) Sub(old Row) Row {
 	r.Count -= old.Count
 	r.Time -= old.Time
 	r.User -= old.User
-	highest := -1
-	for i := range r.Hist {
-		r.Hist[i] -= old.Hist[i]
-		if r.Hist[i] != 0 {
-			highest = i
+	if r.Hist.Same(old.Hist) {
+		r.Hist = nil
+	} else {
+		hist := r.Hist.grow(len(old.Hist))
+		for i, n := range old.Hist {
+			hist[i] -= n
 		}
+		r.Hist = hist.trim()
 	}
 	if r.Max == old.Max {
-		if highest < 0 {
+		if len(r.Hist) == 0 {
 			r.Max = 0
 		} else {
-			_, upper := bucket(highest)
+			_, upper := bucket(len(r.Hist) - 1)
 			r.Max = min(r.Max, upper)
 		}
 	}
 	return r
+}
+
+// Timed is the number of exits whose duration is known.
+func (r *Row) Timed() uint64 {
+	var sum uint64
+	for _, n := range r.Hist {
+		sum += n
+	}
+	return sum
 }
 
 // Quantile is the duration, in ticks, that the fraction q of the timed exits did
@@ -56,10 +119,7 @@ func (r Row) Sub(old Row) Row {
 // 1<<(HistShift+1) ticks; in the last bucket it lies between the bucket's lower
 // bound and Max. Quantile(1) is Max.
 func (r *Row) Quantile(q float64) (ticks uint64, ok bool) {
-	var timed uint64
-	for _, n := range r.Hist {
-		timed += n
-	}
+	timed := r.Timed()
 	if timed == 0 {
 		return 0, false
 	}

@@ -16,13 +16,15 @@ import (
 // row counts exits that lasted so long, as the kernel does.
 func row(durations ...uint64) Row {
 	var r Row
+	var hist [NumHist]uint64
 	for _, d := range durations {
 		r.Count++
 		r.Time += d
 		r.User += d / 3
 		r.Max = max(r.Max, d)
-		r.Hist[bucketOf(d)]++
+		hist[bucketOf(d)]++
 	}
+	r.Hist = NewHist(hist[:])
 	return r
 }
 
@@ -123,6 +125,15 @@ func TestAddSub(t *testing.T) {
 		if part.Max > old.Max && delta.Max != part.Max {
 			t.Fatalf("%v Sub %v: maximum %d grew to %d", all, before, part.Max, delta.Max)
 		}
+		advanced := row(70, 1<<20)
+		base := advanced
+		advanced.Add(old)
+		advanced.Advance(&old, &all, false)
+		base.Add(all)
+		if diff := cmp.Diff(base, advanced); diff != "" {
+			t.Fatalf("%v Advance by %v (-want +got):\n%s", before, since, diff)
+		}
+
 		back := old
 		back.Add(delta)
 		if diff := cmp.Diff(all, back); diff != "" {
@@ -155,8 +166,8 @@ func TestQuantile(t *testing.T) {
 		{"negative", row(520, 9000), -1, 1023, true},
 		{"not a number", row(520, 9000), math.NaN(), 9000, true},
 		{"last bucket", row(1<<40, 1<<41), 0.5, 1<<33 + (1<<41-1<<33)/2, true},
-		{"counts beyond float64", Row{Max: 300, Hist: [NumHist]uint64{math.MaxUint64}}, 1, 300, true},
-		{"maximum not yet stored", Row{Max: 300, Hist: [NumHist]uint64{0, 1}}, 0.5, 300, true},
+		{"counts beyond float64", Row{Max: 300, Hist: Hist{math.MaxUint64}}, 1, 300, true},
+		{"maximum not yet stored", Row{Max: 300, Hist: Hist{0, 1}}, 0.5, 300, true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -30,6 +30,10 @@ type Process struct {
 	Start uint64 // nanoseconds of CLOCK_BOOTTIME
 }
 
+// Hist counts exits by duration: at most NumHist buckets, without those at the
+// end that are empty. Rows share it, so that it is not changed once made.
+type Hist []uint64
+
 // Row counts the exits that one thread took for one reason. Its times, in ticks
 // of the snapshot's clock, are those that the exits were being handled; not
 // those of a halt, of waiting for a CPU, or outside of KVM without an exit.
@@ -40,7 +44,7 @@ type Row struct {
 	Time  uint64 // of handling, by KVM and by user space
 	User  uint64 // of Time, by user space
 	Max   uint64 // the longest in Hist
-	Hist  [NumHist]uint64
+	Hist  Hist   // of those that were timed
 }
 
 // Slot holds the counters of one vCPU thread.
@@ -57,7 +61,7 @@ type Slot struct {
 	Level   Level  // at which it is counted
 	Times   Times  // of ended and present stretches of time
 	Recent  uint64 // exits logged, of which the latest can be read
-	Rows    []Row
+	Rows    []Row  // by order of first appearance
 }
 
 // Level is how much is collected, of all vCPUs or of one.

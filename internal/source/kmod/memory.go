@@ -45,6 +45,15 @@ type memory struct {
 	slots  []abi.Slot   // those not backed must not be touched
 	recent []abi.Recent // of each slot; without has_recent it must not be touched
 	clock  clock
+	last   []copied // of each slot that has been read
+	rows   int      // of the latest snapshot, in all
+}
+
+// copied are the rows of the latest copy of a slot, which the next may share.
+type copied struct {
+	generation uint32
+	rows       []snapshot.Row // nil: none, as they may change without their sums
+	open       int            // the one that may, as its exit is in progress; -1: none
 }
 
 // mappingSize checks a header and tells how long the whole mapping is.
@@ -145,9 +154,16 @@ func (m *memory) readAll() (*snapshot.Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
+	if more := len(backed) - len(m.last); more > 0 {
+		m.last = append(m.last, make([]copied, more)...)
+	}
+	// One piece of memory for the rows of all slots, with some to spare.
+	rows := make([]snapshot.Row, m.rows+m.rows/16)
+	m.rows = 0
 	var slot snapshot.Slot
 	for i := range backed {
-		used, err := m.readSlot(&backed[i], &slot)
+		slot.Rows = rows[:0:len(rows)]
+		used, err := m.readSlot(&backed[i], &slot, &m.last[i])
 		if err != nil {
 			return nil, fmt.Errorf("slot %d: %w", i, err)
 		}
@@ -157,7 +173,8 @@ func (m *memory) readAll() (*snapshot.Snapshot, error) {
 			}
 			slot.ID.Index = uint32(i)
 			s.Slots = append(s.Slots, slot)
-			slot.Rows = nil // they are the snapshot's
+			m.rows += len(slot.Rows)
+			rows = rows[min(len(rows), len(slot.Rows)):]
 		}
 	}
 	for i := range m.cpus {
@@ -177,15 +194,19 @@ func (m *memory) backed() ([]abi.Slot, error) {
 }
 
 // readSlot copies one use of a slot, all but its index, to s. A slot that is
-// free is not used.
-func (m *memory) readSlot(p *abi.Slot, s *snapshot.Slot) (used bool, err error) {
+// free is not used. last is what the latest copy left, and then what this one does.
+func (m *memory) readSlot(p *abi.Slot, s *snapshot.Slot, last *copied) (used bool, err error) {
 	for range attempts {
 		generation := atomic.LoadUint32(&p.Generation)
 		state := atomic.LoadUint32(&p.State)
 		if state == abi.Free {
+			*last = copied{}
 			return false, nil
 		}
-		err := m.copySlot(p, s)
+		if state != abi.Live || last.generation != generation {
+			*last = copied{} // final counts are read whole
+		}
+		next, err := m.copySlot(p, s, *last)
 		if atomic.LoadUint32(&p.Generation) != generation {
 			continue // the copy is of two uses, and so may be the error
 		}
@@ -200,32 +221,34 @@ func (m *memory) readSlot(p *abi.Slot, s *snapshot.Slot) (used bool, err error) 
 			return false, fmt.Errorf("state is %d", state)
 		}
 		s.ID.Generation = generation
+		next.generation = generation
+		*last = next
 		return true, nil
 	}
 	return false, fmt.Errorf("it was reused at each of %d attempts to read", attempts)
 }
 
-func (m *memory) copySlot(p *abi.Slot, s *snapshot.Slot) error {
+func (m *memory) copySlot(p *abi.Slot, s *snapshot.Slot, last copied) (copied, error) {
 	for range tries {
 		// First of all: what has begun later began after now, and no stretch
 		// is longer than it will have been when it ends.
 		now := m.clock.tsc()
 		present := readStretch(p)
-		if err := copyCounters(p, s); err != nil {
-			return err
+		if err := copyCounters(p, s, last); err != nil {
+			return copied{}, err
 		}
 		s.Times = times(p, s)
 		present.add(s, now)
 		// The thread updates its sums and then this: where nothing has changed
 		// the stretch is not in the sums yet.
 		if readStretch(p) == present {
-			break
+			return copied{rows: s.Rows, open: present.row()}, nil
 		}
 	}
-	return nil
+	return copied{}, nil
 }
 
-func copyCounters(p *abi.Slot, s *snapshot.Slot) error {
+func copyCounters(p *abi.Slot, s *snapshot.Slot, last copied) error {
 	isa := exitreason.ISA(atomic.LoadUint32(&p.ISA))
 	rows := atomic.LoadUint32(&p.NumRows)
 	level := snapshot.Level(atomic.LoadUint32(&p.Level))
@@ -250,21 +273,48 @@ func copyCounters(p *abi.Slot, s *snapshot.Slot) error {
 		Since:  atomic.LoadUint64(&p.Since),
 		Level:  level,
 		Recent: atomic.LoadUint64(&p.RecentHead),
-		Rows:   slices.Grow(s.Rows[:0], int(rows))[:rows],
+		Rows:   slices.Grow(s.Rows[:0], int(rows))[:rows:rows],
 	}
 	for i := range s.Rows {
-		from, to := &p.Rows[i], &s.Rows[i]
-		to.Code = atomic.LoadUint32(&from.Code)
-		to.Other = atomic.LoadUint32(&from.Flags)&abi.RowOther != 0
-		to.Count = atomic.LoadUint64(&from.Count)
-		to.Time = atomic.LoadUint64(&from.Time)
-		to.User = min(to.Time, atomic.LoadUint64(&from.UserTime)) // one may be a step ahead
-		to.Max = atomic.LoadUint64(&from.Max)
-		for j := range to.Hist {
-			to.Hist[j] = atomic.LoadUint64(&from.Hist[j])
+		var was *snapshot.Row
+		if i < len(last.rows) && i != last.open {
+			was = &last.rows[i]
 		}
+		s.Rows[i] = copyRow(&p.Rows[i], was)
 	}
 	return nil
+}
+
+// copyRow copies a row whose last copy is given; nil: it has none. Most of a vCPU's
+// reasons do not occur in a second: their histograms are neither read nor kept
+// twice.
+//
+// An exit counts in its row before anything else, and has its duration there
+// last of all. So a histogram is the same while the sums are, unless its last copy
+// was made in between.
+func copyRow(from *abi.Row, last *snapshot.Row) snapshot.Row {
+	to := snapshot.Row{
+		Code:  atomic.LoadUint32(&from.Code),
+		Other: atomic.LoadUint32(&from.Flags)&abi.RowOther != 0,
+		Count: atomic.LoadUint64(&from.Count),
+		Time:  atomic.LoadUint64(&from.Time),
+		Max:   atomic.LoadUint64(&from.Max),
+	}
+	to.User = min(to.Time, atomic.LoadUint64(&from.UserTime)) // one may be a step ahead
+	if last != nil && to.Count == last.Count && to.Time == last.Time && to.User == last.User && to.Max == last.Max {
+		to.Hist = last.Hist
+	} else {
+		to.Hist = copyHist(&from.Hist)
+	}
+	return to
+}
+
+func copyHist(from *[abi.NumHist]uint64) snapshot.Hist {
+	var all [abi.NumHist]uint64
+	for i := range all {
+		all[i] = atomic.LoadUint64(&from[i])
+	}
+	return snapshot.NewHist(all[:])
 }
 
 // times are those of the stretches that have ended.
@@ -294,6 +344,14 @@ func readStretch(p *abi.Slot) stretch {
 	return stretch{atomic.LoadUint64(&p.TSC), atomic.LoadUint32(&p.Open), atomic.LoadUint32(&p.Doing)}
 }
 
+// row is the index of the row that is open; -1 when there is none.
+func (at stretch) row() int {
+	if i := int(at.open) - rowsOffset; i >= 0 && i%rowSize == 0 {
+		return i / rowSize
+	}
+	return -1
+}
+
 // add adds the stretch to one of the slot's times. Its end adds it for good, and
 // may then find that a part of it belongs to others.
 func (at stretch) add(s *snapshot.Slot, now uint64) {
@@ -305,13 +363,13 @@ func (at stretch) add(s *snapshot.Slot, now uint64) {
 		s.Times.Guest += length
 		return
 	}
-	row := int(at.open) - rowsOffset
-	if row < 0 || row%rowSize != 0 || row/rowSize >= len(s.Rows) {
+	row := at.row()
+	if row < 0 || row >= len(s.Rows) {
 		return
 	}
 	switch at.doing {
 	case abi.InKVM:
-		if r := &s.Rows[row/rowSize]; !r.Other && exitreason.Halts(s.ISA, r.Code) {
+		if r := &s.Rows[row]; !r.Other && exitreason.Halts(s.ISA, r.Code) {
 			s.Times.Halted += length
 		} else {
 			s.Times.KVM += length
@@ -392,5 +450,5 @@ func text(comm [abi.CommLen]byte) string {
 }
 
 // The two views of a histogram are one.
-var _ [snapshot.NumHist]uint64 = [abi.NumHist]uint64{}
+var _ = [1]struct{}{}[snapshot.NumHist-abi.NumHist]
 var _ = [1]struct{}{}[snapshot.HistShift-abi.HistShift]

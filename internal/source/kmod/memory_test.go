@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -46,9 +47,14 @@ func testClock() clock {
 func openAt(row int) uint32 { return uint32(rowsOffset + row*rowSize) }
 
 func newImage(slots int) *image {
+	return layImage(slots, func(size int) []byte { return aligned(make([]byte, size)) })
+}
+
+// layImage does so in memory that is had from alloc.
+func layImage(slots int, alloc func(size int) []byte) *image {
 	const cpus, cpuOffset, slotOffset = 2, 128, 4096
 	recentOffset := slotOffset + slots*slotSize
-	im := &image{bytes: aligned(make([]byte, recentOffset+slots*recentSize))}
+	im := &image{bytes: alloc(recentOffset + slots*recentSize)}
 	base := unsafe.Pointer(&im.bytes[0])
 	im.header = (*abi.Header)(base)
 	im.cpus = unsafe.Slice((*abi.CPU)(unsafe.Add(base, cpuOffset)), cpus)
@@ -121,13 +127,14 @@ func exampleSnapshot() *snapshot.Snapshot {
 			Level: snapshot.Recent, Recent: 77,
 			Times: snapshot.Times{Guest: 12350, KVM: 7500, User: 500, Poll: 11, Halted: 12, Wait: 13, Outside: 14},
 			Rows: []snapshot.Row{
-				{Code: 0x72, Count: 9, Time: 8000, User: 500, Max: 6000, Hist: [snapshot.NumHist]uint64{3, 4, 0, 0, 1}},
-				{Code: 5, Other: true, Count: 1, Hist: [snapshot.NumHist]uint64{snapshot.NumHist - 1: 1}},
+				{Code: 0x72, Count: 9, Time: 8000, User: 500, Max: 6000, Hist: snapshot.Hist{3, 4, 0, 0, 1}},
+				{Code: 5, Other: true, Count: 1, Hist: snapshot.Hist{snapshot.NumHist - 1: 1}},
 			},
 		}, {
 			ID:      snapshot.SlotID{Index: 2, Generation: math.MaxUint32},
 			Retired: true,
 			Comm:    "0123456789abcde\uFFFD", TID: 102, ISA: exitreason.VMX,
+			Rows: []snapshot.Row{},
 		}},
 		Released: 500, Unattributed: 11, Refused: 22,
 	}
@@ -511,9 +518,127 @@ func TestReuse(t *testing.T) {
 			t.Fatalf("copy of use %d is mixed: %+v", use, slot)
 		}
 		for _, r := range slot.Rows {
-			if r.Count != uint64(use) || r.Hist[abi.NumHist-1] != uint64(use) {
+			if r.Count != uint64(use) || use != 0 && r.Hist[abi.NumHist-1] != uint64(use) {
 				t.Fatalf("copy of use %d has a row of another: %+v", use, r)
 			}
+		}
+	}
+}
+
+// Histograms of rows that have not changed are those of the snapshot before, and
+// of no others.
+func TestSharedHistograms(t *testing.T) {
+	type slot = abi.Slot
+	for _, tt := range []struct {
+		name   string
+		before slot        // the changes since the example, whose row 0 has a histogram
+		after  func(*slot) // those since the first snapshot
+		shared bool
+	}{
+		{"nothing happened", slot{}, func(*slot) {}, true},
+		{"time passed", slot{}, func(s *slot) { s.TSC += 4 }, true},
+		{"another reason", slot{}, func(s *slot) { s.Rows[1].Count++ }, true},
+		{"a new reason", slot{}, func(s *slot) { s.NumRows++ }, true},
+		{"an exit", slot{}, func(s *slot) { s.Rows[0].Count++ }, false},
+		{"time", slot{}, func(s *slot) { s.Rows[0].Time++ }, false},
+		{"time in user space", slot{}, func(s *slot) { s.Rows[0].UserTime++ }, false},
+		{"maximum", slot{}, func(s *slot) { s.Rows[0].Max++ }, false},
+		{"exit was in progress", slot{Open: openAt(0)}, func(*slot) {}, false},
+		{"another was", slot{Open: openAt(1)}, func(*slot) {}, true},
+		{"retired", slot{}, func(s *slot) { s.State = abi.Retired }, false},
+		{"another use", slot{}, func(s *slot) { s.Generation++ }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			im := example()
+			p := &im.slots[0]
+			p.Open = tt.before.Open
+			m, err := newMemory(im.bytes, testClock())
+			if err != nil {
+				t.Fatal(err)
+			}
+			var hists [2]snapshot.Hist
+			for i := range hists {
+				s, err := m.snapshot()
+				if err != nil {
+					t.Fatal(err)
+				}
+				hists[i] = s.Slots[0].Rows[0].Hist
+				tt.after(p)
+			}
+			if diff := cmp.Diff(hists[0], hists[1]); diff != "" {
+				t.Errorf("histogram (-before +after):\n%s", diff)
+			}
+			if got := hists[0].Same(hists[1]); got != tt.shared {
+				t.Errorf("shared: %t, want %t", got, tt.shared)
+			}
+		})
+	}
+}
+
+// TestRest reads a slot while its thread exits and enters the guest. Whenever it
+// rests, a snapshot is the same as that of a reader who has never read before.
+func TestRest(t *testing.T) {
+	im := newImage(1)
+	p := &im.slots[0]
+	const rows = 3
+	*p = abi.Slot{State: abi.Live, NumRows: rows, ISA: abi.ISASVM, Level: abi.LevelTime}
+	m, err := newMemory(im.bytes, testClock())
+	if err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	tsc := uint64(1)
+	add := func(p *uint64, n uint64) { atomic.StoreUint64(p, *p+n) }
+	stretch := func(open uint32) { // in this order: see kmod/hook.c
+		atomic.StoreUint32(&p.Open, open)
+		tsc++
+		atomic.StoreUint64(&p.TSC, tsc)
+	}
+	half := func(exit bool, row int, cycles uint64) {
+		r := &p.Rows[row]
+		if exit {
+			add(&r.Count, 1)
+			add(&p.GuestTime, 5)
+			stretch(openAt(row))
+			return
+		}
+		atomic.StoreUint64(&r.Max, max(r.Max, cycles))
+		add(&r.Time, cycles)
+		add(&r.Hist[cycles%4], 1)
+		stretch(0)
+	}
+	begin, end := make(chan int), make(chan bool)
+	go func() {
+		row, exit := 0, true
+		for halves := range begin {
+			for range halves {
+				if exit {
+					row = rng.IntN(rows)
+				}
+				half(exit, row, 1+rng.Uint64N(1000))
+				exit = !exit
+			}
+			end <- true
+		}
+	}()
+	defer close(begin)
+	for rest := range 3000 {
+		begin <- rest % 7 * (1 + rest%3*50)
+		for resting := false; !resting; {
+			if _, err := m.snapshot(); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case resting = <-end:
+			default:
+			}
+		}
+		got, err := m.snapshot()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(im.snapshot(t), got); diff != "" {
+			t.Fatalf("rest %d (-new reader +reader):\n%s", rest, diff)
 		}
 	}
 }

@@ -164,11 +164,7 @@ func fromSlot(s *snapshot.Slot) slot {
 	}
 	for i := range s.Rows {
 		r := &s.Rows[i]
-		n := len(r.Hist)
-		for n > 0 && r.Hist[n-1] == 0 {
-			n--
-		}
-		out.Rows = append(out.Rows, row{r.Code, r.Other, r.Count, r.Time, r.User, r.Max, r.Hist[:n]})
+		out.Rows = append(out.Rows, row{r.Code, r.Other, r.Count, r.Time, r.User, r.Max, r.Hist})
 	}
 	return out
 }
@@ -294,8 +290,7 @@ func (s *slot) parse() (snapshot.Slot, error) {
 		if len(r.Hist) > snapshot.NumHist {
 			return snapshot.Slot{}, fmt.Errorf("code %d: %d buckets, of %d", r.Code, len(r.Hist), snapshot.NumHist)
 		}
-		to := snapshot.Row{Code: r.Code, Other: r.Other, Count: r.Count, Time: r.Time, User: r.User, Max: r.Max}
-		copy(to.Hist[:], r.Hist)
+		to := snapshot.Row{Code: r.Code, Other: r.Other, Count: r.Count, Time: r.Time, User: r.User, Max: r.Max, Hist: snapshot.NewHist(r.Hist)}
 		out.Rows = append(out.Rows, to)
 	}
 	return out, nil

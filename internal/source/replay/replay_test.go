@@ -36,8 +36,8 @@ func frames() []Frame {
 			VCPU: 1, ISA: exitreason.SVM, Since: 2000,
 			Level: snapshot.Recent, Times: snapshot.Times{Guest: 1, KVM: 2, User: 3, Poll: 4, Halted: 5, Wait: 6, Outside: 7}, Recent: 8,
 			Rows: []snapshot.Row{
-				{Code: 0x72, Count: count, Time: 700, User: 90, Max: 600, Hist: [snapshot.NumHist]uint64{0, 1}},
-				{Other: true, Count: 1, Hist: [snapshot.NumHist]uint64{snapshot.NumHist - 1: math.MaxUint64}},
+				{Code: 0x72, Count: count, Time: 700, User: 90, Max: 600, Hist: snapshot.Hist{0, 1}},
+				{Other: true, Count: 1, Hist: snapshot.Hist{snapshot.NumHist - 1: math.MaxUint64}},
 			},
 		}
 	}
