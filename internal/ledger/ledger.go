@@ -29,8 +29,9 @@ type Retention struct {
 type Ledger struct {
 	keep      Retention
 	processes map[snapshot.Process]*process
-	slots     map[use]known // of the latest snapshot
-	spare     map[use]known // an empty one: saves an allocation at each snapshot
+	slots     map[use]known    // of the latest snapshot
+	spare     map[use]known    // an empty one: saves an allocation at each snapshot
+	before    []*snapshot.Slot // as is said at follow; empty too
 	kernel    kernel
 	earlier   Totals // of collectors that were replaced
 	counted   uint64 // nanoseconds, by collectors that were replaced
@@ -57,20 +58,17 @@ type use struct {
 }
 
 type known struct {
-	slot   *snapshot.Slot // nil when folded
-	exits  uint64
-	folded bool // in its process's base: waits to be released
+	slot  *snapshot.Slot // as it was last seen; all that it counted is in its process's total
+	exits uint64
 }
 
 type process struct {
-	base    Total            // of folded slots
-	live    []*snapshot.Slot // of the snapshot being entered
-	counted bool             // it has slots there whose exits are counted
-	fresh   bool             // it brought new slots
-	since   uint64           // the earliest Since of those
-	changed bool             // base has changed since total was made
-	total   *Total           // base and the live slots; replaced, never changed
-	seen    uint64           // when it was last counted
+	total   *Total // replaced, never changed
+	next    *Total // while a snapshot is entered that has slots of it: what will replace it
+	counted bool   // it has slots there whose exits are counted
+	fresh   bool   // it brought new slots
+	since   uint64 // the earliest Since of those
+	seen    uint64 // when it was last counted
 }
 
 // New returns an empty ledger.
@@ -101,35 +99,17 @@ func (l *Ledger) Apply(snap *snapshot.Snapshot, now uint64) (release []snapshot.
 	if err != nil {
 		return nil, err
 	}
-	for u, old := range l.slots {
-		if _, ok := next[u]; !ok && !old.folded {
-			l.fold(old.slot) // someone else released it; this is what we saw of it
-		}
-	}
 	for i := range snap.Slots {
 		s := &snap.Slots[i]
-		u := use{s.ID, s.Since}
-		old, known := l.slots[u]
-		p := l.process(s)
-		if !known && (!p.fresh || s.Since < p.since) {
-			p.fresh, p.since = true, s.Since
+		if s.Retired {
+			release = append(release, s.ID)
 		}
-		if s.Level >= snapshot.Count && !old.folded {
-			p.counted = true
+		if old := l.before[i]; old == nil || !old.Retired {
+			l.process(s).enter(old, s)
 		}
-		if !s.Retired {
-			p.live = append(p.live, s)
-			continue
-		}
-		release = append(release, s.ID)
-		if !old.folded {
-			l.fold(s)
-		}
-		n := next[u]
-		n.folded, n.slot = true, nil
-		next[u] = n
 	}
 	clear(l.slots)
+	clear(l.before)
 	l.slots, l.spare = next, l.slots
 	passed := passed{now, sub(now, l.now), k.counted - l.kernel.counted}
 	l.kernel, l.now, l.tickHz, l.reopened = k, now, snap.TickHz, false
@@ -148,10 +128,12 @@ type passed struct {
 
 // follow computes what the ledger knows after snap, or why snap can't be a
 // continuation of what it knows. It changes nothing but the spare map, which
-// it returns.
+// it returns, and before: what each slot of snap was when it was last seen, nil
+// for a new one.
 func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) {
 	next := l.spare
 	clear(next)
+	l.before = l.before[:0]
 	k := kernel{
 		counted:      snap.Counted,
 		unattributed: snap.Unattributed,
@@ -168,13 +150,15 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 			return nil, k, fmt.Errorf("%w: slot %d, generation %d, appears twice", ErrInconsistent, s.ID.Index, s.ID.Generation)
 		}
 		n := known{slot: s, exits: s.Exits()}
-		if old, ok := l.slots[u]; ok {
-			if n.exits < old.exits || old.folded && (n.exits != old.exits || !s.Retired) {
+		old, ok := l.slots[u]
+		if ok {
+			if n.exits < old.exits || old.slot.Retired && (n.exits != old.exits || !s.Retired) {
 				return nil, k, fmt.Errorf("%w: slot %d, generation %d, of process %d: %d exits after %d (final: %t)",
-					ErrInconsistent, s.ID.Index, s.ID.Generation, s.Process.TGID, n.exits, old.exits, old.folded)
+					ErrInconsistent, s.ID.Index, s.ID.Generation, s.Process.TGID, n.exits, old.exits, old.slot.Retired)
 			}
 			stayed += old.exits
 		}
+		l.before = append(l.before, old.slot)
 		next[u] = n
 		k.exits += n.exits
 	}
@@ -200,11 +184,6 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 
 // replace settles the collector that was: what it counted stays.
 func (l *Ledger) replace() {
-	for _, s := range l.slots {
-		if !s.folded {
-			l.fold(s.slot)
-		}
-	}
 	clear(l.slots)
 	l.earlier = l.Totals()
 	l.counted += l.kernel.counted
@@ -214,37 +193,35 @@ func (l *Ledger) replace() {
 func (l *Ledger) process(s *snapshot.Slot) *process {
 	p := l.processes[s.Process]
 	if p == nil {
-		p = &process{base: Total{Process: s.Process, Comm: s.Comm, Since: s.Since}}
-		p.total = p.base.clone()
+		p = &process{total: &Total{Process: s.Process, Comm: s.Comm, Since: s.Since}}
 		l.processes[s.Process] = p
 	}
 	return p
 }
 
-// fold moves a slot's counts into its process's base.
-func (l *Ledger) fold(s *snapshot.Slot) {
-	p := l.process(s)
-	p.base.add(s)
-	p.changed = true
+// enter adds to the total what a slot has counted since it was old; nil: since it
+// was taken into use.
+func (p *process) enter(old, s *snapshot.Slot) {
+	if old == nil && (!p.fresh || s.Since < p.since) {
+		p.fresh, p.since = true, s.Since
+	}
+	p.counted = p.counted || s.Level >= snapshot.Count
+	if p.next == nil {
+		p.next = p.total.next()
+	}
+	p.next.advance(p.total, old, s)
 }
 
-// update brings the total up to date with the base and the live slots, and
-// prepares for the next snapshot.
+// update replaces the total, and prepares for the next snapshot.
 func (p *process) update(since passed) {
-	if !p.total.Live && !p.fresh && !p.changed {
+	t := p.next
+	switch {
+	case t == nil && !p.total.Live:
 		return
+	case t == nil: // its slots are gone: someone else released them
+		t = p.total.next()
 	}
-	t := p.base.clone()
-	if len(p.live) > 0 {
-		t.VCPUs = slices.Grow(t.VCPUs, max(0, len(p.total.VCPUs)-len(t.VCPUs)))
-		t.Rows = slices.Grow(t.Rows, max(0, len(p.total.Rows)-len(t.Rows)))
-	}
-	for _, s := range p.live {
-		t.add(s)
-		t.Level = max(t.Level, s.Level)
-	}
-	t.monotonic(p.total)
-	t.Live = len(p.live) > 0
+	t.sumTimes()
 	wall, counted := since.wall, since.counted
 	if !p.total.Live {
 		wall = 0
@@ -253,14 +230,11 @@ func (p *process) update(since passed) {
 		}
 		counted = min(counted, wall)
 	}
-	t.Wall = p.total.Wall + wall
-	t.Span = p.total.Span
+	t.Wall += wall
 	if p.counted {
 		t.Span += counted
 	}
-	p.total, p.seen = t, since.now
-	clear(p.live) // it holds on to the whole snapshot
-	p.live, p.counted, p.fresh, p.changed = p.live[:0], false, false, false
+	*p = process{total: t, seen: since.now}
 }
 
 // check proves that every exit the kernel counted is in exactly one place.

@@ -673,25 +673,60 @@ func FuzzApply(f *testing.F) {
 	})
 }
 
+// A view shares what has not changed with those that follow, and stays as it is.
+func TestViewStays(t *testing.T) {
+	l := New(forever)
+	still := row(0x7b, 5)
+	counts := func(n uint64) snapshot.Slot {
+		s := slot(1, 1, n)
+		s.Rows = append(s.Rows, still)
+		return s
+	}
+	var views []*View
+	for n := uint64(1); n < 5; n++ {
+		other := slot(1, 2, n) // the same process and reason
+		apply(t, l, n*second, snapshot.Snapshot{Slots: []snapshot.Slot{counts(n), other}})
+		views = append(views, l.View())
+	}
+	var last *Total
+	for i, v := range views {
+		n := uint64(i + 1)
+		total := v.Processes[snapshot.Process{TGID: 100, Start: 1}]
+		if diff := cmp.Diff([]Row{{exitreason.SVM, row(0x72, 2*n)}, {exitreason.SVM, row(0x7b, 5)}}, total.Rows); diff != "" {
+			t.Errorf("view %d (-want +got)\n%s", i, diff)
+		}
+		if last != nil && (last.Rows[0].Hist.Same(total.Rows[0].Hist) || !last.Rows[1].Hist.Same(total.Rows[1].Hist)) {
+			t.Errorf("view %d shares histograms that changed, or does not share others", i)
+		}
+		last = total
+	}
+}
+
+// All rows change; BenchmarkHost of internal/source/kmod is closer to life.
 func BenchmarkApply(b *testing.B) {
 	for _, rows := range []int{12, 30} {
 		b.Run(fmt.Sprintf("1000x8/rows=%d", rows), func(b *testing.B) {
-			snap := &snapshot.Snapshot{}
-			for i := range uint32(8000) {
-				s := slot(i, 1, 1)
-				s.Process.TGID, s.VCPU = int(i/8), int(i%8)
-				s.Rows = nil
-				for r := range rows {
-					s.Rows = append(s.Rows, row(uint32(r), 5))
+			var snaps []*snapshot.Snapshot
+			for n := range 5 {
+				snap := &snapshot.Snapshot{}
+				for i := range uint32(8000) {
+					s := slot(i, 1, 1)
+					s.Process.TGID, s.VCPU = int(i/8), int(i%8)
+					s.Rows = nil
+					for r := range rows {
+						s.Rows = append(s.Rows, row(uint32(r), uint64(n+1)))
+					}
+					snap.Slots = append(snap.Slots, s)
 				}
-				snap.Slots = append(snap.Slots, s)
+				snaps = append(snaps, snap)
 			}
-			l := New(forever)
+			var l *Ledger
 			b.ReportAllocs()
-			var now uint64
-			for b.Loop() {
-				now += second
-				if _, err := l.Apply(snap, now); err != nil {
+			for n := 0; b.Loop(); n++ {
+				if n%len(snaps) == 0 {
+					l = New(forever)
+				}
+				if _, err := l.Apply(snaps[n%len(snaps)], uint64(n+1)*second); err != nil {
 					b.Fatal(err)
 				}
 				l.View()

@@ -44,7 +44,8 @@ type VCPU struct {
 	// be another one than it seemed: what it seemed to be then stands still until
 	// it is overtaken, and the sum is that much too high.
 	Times snapshot.Times
-	since uint64 // of TID's slot
+	since uint64         // of TID's slot
+	sum   snapshot.Times // of all slots, as each was last seen
 }
 
 // Row holds the exits of one process for one reason.
@@ -53,15 +54,15 @@ type Row struct {
 	snapshot.Row
 }
 
-// find returns the row that counts the same reason, or nil.
-func find(rows []Row, isa exitreason.ISA, row *snapshot.Row) *Row {
+// find returns the index of the row that counts the same reason, or -1.
+func find(rows []Row, isa exitreason.ISA, row *snapshot.Row) int {
 	for i := range rows {
 		r := &rows[i]
 		if r.ISA == isa && r.Other == row.Other && (r.Code == row.Code || r.Other) {
-			return r
+			return i
 		}
 	}
-	return nil
+	return -1
 }
 
 func (t *Total) vcpu(id int) (i int, ok bool) {
@@ -69,17 +70,25 @@ func (t *Total) vcpu(id int) (i int, ok bool) {
 }
 
 // Find returns the total's row for the reason of r, or nil.
-func (t *Total) Find(r *Row) *Row { return find(t.Rows, r.ISA, &r.Row) }
-
-func (t *Total) clone() *Total {
-	c := *t
-	c.VCPUs = slices.Clone(t.VCPUs)
-	c.Rows = slices.Clone(t.Rows)
-	return &c
+func (t *Total) Find(r *Row) *Row {
+	if i := find(t.Rows, r.ISA, &r.Row); i >= 0 {
+		return &t.Rows[i]
+	}
+	return nil
 }
 
-// add enters a slot's counts.
-func (t *Total) add(s *snapshot.Slot) {
+// next returns a copy to be changed by advance.
+func (t *Total) next() *Total {
+	n := *t
+	n.Live, n.Level = false, snapshot.Off
+	n.VCPUs = slices.Clone(t.VCPUs)
+	n.Rows = slices.Clone(t.Rows)
+	return &n
+}
+
+// advance enters what a slot has counted since it was old, which is nil for a new
+// one. t is the next of last, and shares its histograms until they change.
+func (t *Total) advance(last *Total, old, s *snapshot.Slot) {
 	i, ok := t.vcpu(s.VCPU)
 	if !ok {
 		t.VCPUs = slices.Insert(t.VCPUs, i, VCPU{ID: s.VCPU, TID: s.TID, since: s.Since})
@@ -90,28 +99,41 @@ func (t *Total) add(s *snapshot.Slot) {
 	}
 	t.Comm = s.Comm
 	t.Since = min(t.Since, s.Since)
-	v.Times = v.Times.Add(s.Times)
+	if !s.Retired {
+		t.Live = true
+		t.Level = max(t.Level, s.Level)
+	}
+	v.sum = v.sum.Add(s.Times)
+	if old != nil {
+		v.sum = v.sum.Sub(old.Times)
+	}
+	var none snapshot.Row
 	for i := range s.Rows {
-		r := &s.Rows[i]
-		t.Exits += r.Count
-		v.Exits += r.Count
-		if have := find(t.Rows, s.ISA, r); have != nil {
-			have.Add(*r)
-		} else {
-			t.Rows = append(t.Rows, Row{s.ISA, *r})
+		r, was := &s.Rows[i], &none
+		if old != nil && i < len(old.Rows) {
+			was = &old.Rows[i]
 		}
+		if r.Count == was.Count && r.Time == was.Time && r.User == was.User && r.Max == was.Max && r.Hist.Same(was.Hist) {
+			continue // as for most reasons in most seconds
+		}
+		t.Exits += r.Count - was.Count
+		v.Exits += r.Count - was.Count
+		j := find(t.Rows, s.ISA, r)
+		if j < 0 {
+			j = len(t.Rows)
+			t.Rows = append(t.Rows, Row{s.ISA, snapshot.Row{Code: r.Code, Other: r.Other}})
+		}
+		have := &t.Rows[j].Row
+		have.Advance(was, r, j < len(last.Rows) && have.Hist.Same(last.Rows[j].Hist))
 	}
 }
 
-// monotonic keeps the times from going back behind those of an earlier total,
-// and sums them up.
-func (t *Total) monotonic(last *Total) {
+// sumTimes keeps the times of vCPUs from going back, and adds them up.
+func (t *Total) sumTimes() {
 	t.Times = snapshot.Times{}
 	for i := range t.VCPUs {
 		v := &t.VCPUs[i]
-		if j, ok := last.vcpu(v.ID); ok {
-			v.Times = v.Times.Max(last.VCPUs[j].Times)
-		}
+		v.Times = v.Times.Max(v.sum)
 		t.Times = t.Times.Add(v.Times)
 	}
 }
