@@ -146,9 +146,6 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 	for i := range snap.Slots {
 		s := &snap.Slots[i]
 		u := use{s.ID, s.Since}
-		if _, ok := next[u]; ok {
-			return nil, k, fmt.Errorf("%w: slot %d, generation %d, appears twice", ErrInconsistent, s.ID.Index, s.ID.Generation)
-		}
 		n := known{slot: s, exits: s.Exits()}
 		old, ok := l.slots[u]
 		if ok {
@@ -159,7 +156,9 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 			stayed += old.exits
 		}
 		l.before = append(l.before, old.slot)
-		next[u] = n
+		if next[u] = n; len(next) == i {
+			return nil, k, fmt.Errorf("%w: slot %d, generation %d, appears twice", ErrInconsistent, s.ID.Index, s.ID.Generation)
+		}
 		k.exits += n.exits
 	}
 	var before uint64
