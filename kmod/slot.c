@@ -41,7 +41,7 @@ MODULE_PARM_DESC(pool, "free slots that are kept ready for new vCPU threads");
 static_assert(sizeof(struct virtexit_row) == 256);
 static_assert(sizeof(struct virtexit_slot) == 16384);
 static_assert(sizeof(struct virtexit_cpu) == 64);
-static_assert(sizeof(struct virtexit_header) == 88);
+static_assert(sizeof(struct virtexit_header) == 96);
 static_assert(sizeof(struct virtexit_exit) == 32);
 static_assert(offsetof(struct virtexit_slot, generation) == 0);
 static_assert(offsetof(struct virtexit_slot, tsc) == 128);
@@ -873,6 +873,7 @@ int vx_slots_init(void)
 		.recent_offset = slot_offset +
 				 vx_nr_slots * sizeof(struct virtexit_slot),
 		.recent_size = sizeof(struct virtexit_recent),
+		.loaded = ktime_get_boottime_ns(),
 	};
 	return 0;
 }

@@ -98,6 +98,7 @@ type (
 		ReleasedSlots uint64
 		Counted       uint64
 		CountedSince  uint64
+		Loaded        uint64
 	}
 	CPU struct {
 		Unattributed uint64

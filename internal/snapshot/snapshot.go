@@ -143,6 +143,7 @@ type Exit struct {
 // of them. It is not changed once made.
 type Snapshot struct {
 	TickHz       uint64 // ticks per second of every duration in Slots
+	Loaded       uint64 // names this loading of the collector until the host boots again; 0: unknown
 	Counted      uint64 // nanoseconds in which exits were counted, since the collector was loaded
 	Slots        []Slot
 	Released     uint64 // exits in slots that were released earlier

@@ -16,7 +16,7 @@
  *	header.recent_offset		header.nr_slots x struct virtexit_recent
  *
  * The header has its final values from the moment the device can be opened,
- * but for those from exit_cost on. A program
+ * but for those from exit_cost to counted_since. A program
  * maps the header first, checks magic and abi, and then maps
  * recent_offset + nr_slots * recent_size bytes. Slots below slots_backed have
  * memory and may be read; touching one beyond raises SIGBUS. slots_backed
@@ -332,6 +332,8 @@ struct virtexit_cpu {
  * @released_slots: how many those were
  * @counted: nanoseconds in which exits were counted, up to @counted_since
  * @counted_since: since when they are: CLOCK_BOOTTIME; 0 while they are not
+ * @loaded: when the module was loaded: nanoseconds of CLOCK_BOOTTIME. Until the
+ *	host boots again it tells one loading, with all its counts, from another.
  */
 struct virtexit_header {
 	__u32 magic;
@@ -352,6 +354,7 @@ struct virtexit_header {
 	__u64 released_slots;
 	__u64 counted;
 	__u64 counted_since;
+	__u64 loaded;
 };
 
 enum virtexit_cmd {

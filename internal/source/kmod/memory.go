@@ -144,6 +144,7 @@ func (m *memory) tickHz() uint64 { return uint64(m.header.TSCKHz) * 1000 }
 func (m *memory) readAll() (*snapshot.Snapshot, error) {
 	s := &snapshot.Snapshot{
 		TickHz:   m.tickHz(),
+		Loaded:   atomic.LoadUint64(&m.header.Loaded),
 		Counted:  atomic.LoadUint64(&m.header.Counted),
 		Released: atomic.LoadUint64(&m.header.Released),
 	}

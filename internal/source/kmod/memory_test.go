@@ -96,6 +96,7 @@ func example() *image {
 	im := newImage(4)
 	im.header.SlotsBacked = 3
 	im.header.Released, im.header.ReleasedSlots = 500, 3
+	im.header.Loaded = 33
 	im.header.Counted, im.header.CountedSince = 4_000_000, bootNow-700
 	im.cpus[0] = abi.CPU{Unattributed: 1, Refused: 2}
 	im.cpus[1] = abi.CPU{Unattributed: 10, Refused: 20}
@@ -119,6 +120,7 @@ func example() *image {
 func exampleSnapshot() *snapshot.Snapshot {
 	return &snapshot.Snapshot{
 		TickHz:  2_000_000_000,
+		Loaded:  33,
 		Counted: 4_000_700,
 		Slots: []snapshot.Slot{{
 			ID:      snapshot.SlotID{Index: 0, Generation: 7},

@@ -75,6 +75,7 @@ type info struct {
 
 type snap struct {
 	TickHz       uint64 `json:"tick_hz"`
+	Loaded       uint64 `json:"loaded,omitempty"`
 	Counted      uint64 `json:"counted,omitempty"`
 	Released     uint64 `json:"released,omitempty"`
 	Unattributed uint64 `json:"unattributed,omitempty"`
@@ -146,7 +147,7 @@ func (w *Writer) Write(f Frame) error {
 		}
 	}
 	if s := f.Snapshot; s != nil {
-		out.Snapshot = &snap{TickHz: s.TickHz, Counted: s.Counted, Released: s.Released, Unattributed: s.Unattributed, Refused: s.Refused}
+		out.Snapshot = &snap{TickHz: s.TickHz, Loaded: s.Loaded, Counted: s.Counted, Released: s.Released, Unattributed: s.Unattributed, Refused: s.Refused}
 		for i := range s.Slots {
 			out.Snapshot.Slots = append(out.Snapshot.Slots, fromSlot(&s.Slots[i]))
 		}
@@ -256,7 +257,7 @@ func (in *frame) parse() (Frame, error) {
 			return Frame{}, errors.New("tick_hz is 0")
 		}
 		f.Snapshot = &snapshot.Snapshot{
-			TickHz: s.TickHz, Counted: s.Counted, Released: s.Released, Unattributed: s.Unattributed, Refused: s.Refused,
+			TickHz: s.TickHz, Loaded: s.Loaded, Counted: s.Counted, Released: s.Released, Unattributed: s.Unattributed, Refused: s.Refused,
 		}
 		for i := range s.Slots {
 			slot, err := s.Slots[i].parse()

@@ -49,7 +49,7 @@ func frames() []Frame {
 	other := snapshot.Slot{ID: snapshot.SlotID{Index: 4}, ISA: exitreason.VMX}
 	return []Frame{
 		{Time: at(1), Info: &counting},
-		{Time: at(1), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Counted: 1e9, Slots: []snapshot.Slot{slot(false, 5)}, Unattributed: 1, Refused: 2}},
+		{Time: at(1), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Loaded: 7, Counted: 1e9, Slots: []snapshot.Slot{slot(false, 5)}, Unattributed: 1, Refused: 2}},
 		{Time: at(2), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Counted: 2e9, Slots: []snapshot.Slot{slot(true, 9), other}, Unattributed: 1, Refused: 2}},
 		{Time: at(3), Info: &refused},
 		{Time: at(3), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Counted: 3e9, Slots: []snapshot.Slot{slot(true, 9)}, Unattributed: 1, Refused: 2}},
