@@ -43,6 +43,7 @@ type Ledger struct {
 
 // kernel is what the collector said about itself in the latest snapshot.
 type kernel struct {
+	loaded                                 uint64 // which collector it is; 0: unknown
 	counted                                uint64 // nanoseconds
 	exits, unattributed, refused, released uint64
 	gone                                   uint64 // of released, those that are in the ledger
@@ -135,6 +136,7 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 	clear(next)
 	l.before = l.before[:0]
 	k := kernel{
+		loaded:       snap.Loaded,
 		counted:      snap.Counted,
 		unattributed: snap.Unattributed,
 		refused:      snap.Refused,
@@ -168,6 +170,8 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 	k.gone += before - stayed
 	was := l.kernel
 	switch {
+	case was.loaded != 0 && k.loaded != was.loaded:
+		return nil, k, fmt.Errorf("%w: the collector was loaded again", ErrInconsistent)
 	case k.counted < was.counted:
 		return nil, k, fmt.Errorf("%w: %d ns counted after %d", ErrInconsistent, k.counted, was.counted)
 	case k.unattributed < was.unattributed:
@@ -255,7 +259,7 @@ func (l *Ledger) Expire(alive func(snapshot.Process) bool) (forgotten []snapshot
 			ended = append(ended, p)
 		}
 	}
-	slices.SortFunc(ended, func(a, b *process) int { return cmp.Compare(b.seen, a.seen) })
+	slices.SortFunc(ended, func(a, b *process) int { return cmp.Compare(int64(b.seen), int64(a.seen)) })
 	for i, p := range ended {
 		if i >= l.keep.Count || sub(l.now, p.seen) > uint64(l.keep.Age) {
 			l.forgotten += p.total.Exits
@@ -304,9 +308,6 @@ func (l *Ledger) View() *View {
 	return v
 }
 
-func sub(a, b uint64) uint64 {
-	if a < b {
-		return 0
-	}
-	return a - b
-}
+// sub is the time from b to a, or 0 when a is the earlier. Times before the host
+// booted are negative, that is, they wrap around.
+func sub(a, b uint64) uint64 { return uint64(max(0, int64(a-b))) }
