@@ -308,6 +308,18 @@ func (m *Map) Forget(p snapshot.Process) {
 	}
 }
 
+// Restore tells who a process was, in the words of an earlier Lookup. It counts
+// as dead, and waits for Forget, until a Refresh finds it alive.
+func (m *Map) Restore(p snapshot.Process, d Domain) {
+	d.ID, d.TGID, d.Start, d.State = nil, 0, 0, ShutOff
+	k := key{p.TGID, p.Start / tick}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.guests[k] == nil {
+		m.guests[k] = &guest{name: d.Name, seen: d.Seen, wanted: true, dead: true, domain: d}
+	}
+}
+
 // Domains lists the guests that run, whether they ever took an exit or not,
 // and those that libvirt defines but that do not run. It does no I/O. Dead
 // processes are not among them: Lookup tells these.

@@ -289,6 +289,29 @@ func TestDeath(t *testing.T) {
 	h.expect(vm1, "qemu", Domain{Name: "qemu-201", TGID: 201, Start: vm1Start, State: Running, Source: "process"}, false)
 }
 
+// Who a process was outlives the Map that knew it.
+func TestRestore(t *testing.T) {
+	old := newHost(t, said(nil, records...))
+	old.refresh()
+	was, _ := old.Lookup(vm1, "")
+	gone := snapshot.Process{TGID: 4711, Start: vm1Start}
+	h := newHost(t, said(nil, records...))
+	h.Restore(vm1, was)
+	h.Restore(gone, was)
+	last := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: was.VCPUs}
+	h.expect(vm1, "qemu", last, true)
+	h.time = h.time.Add(time.Hour)
+	h.refresh()
+	h.refresh()
+	was.Seen = time.Time{}
+	h.expect(vm1, "qemu", was, true) // it lives
+	h.expect(gone, "qemu", last, true)
+	h.Restore(vm1, last)
+	h.expect(vm1, "qemu", was, true)
+	h.Forget(gone)
+	h.expect(gone, "qemu", Domain{Name: "qemu-4711", TGID: 4711, Start: vm1Start, State: Running, Source: "process"}, false)
+}
+
 // A guest dies while libvirt does not answer, so that libvirt still lists it.
 func TestDeathUnheard(t *testing.T) {
 	h := newHost(t, said(errors.New("down"), records...))
