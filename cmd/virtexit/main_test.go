@@ -152,7 +152,7 @@ func newBackend() *fakeBackend {
 		},
 		status: api.Status{Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), Module: "0.1.0", Hook: "tracepoint",
 			Kernel: "6.1.0", ISA: "svm", Slots: api.Slots{Live: 2, Backed: 64, Max: 4096}, Exits: 2000,
-			Libvirt: api.Libvirt{Connected: true, URI: "qemu:///system"}, Since: since},
+			Libvirt: api.Libvirt{Connected: true, URI: "qemu:///system"}, TotalsSince: since.Add(-time.Hour), ObservedNS: 36e11, Since: since},
 		domains: []api.Domain{
 			{Name: "archive", UUID: ptr("11111111-2222-3333-4444-555555555555"), State: "shut off", Source: "libvirt"},
 			paused, owned,

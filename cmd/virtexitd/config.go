@@ -30,17 +30,19 @@ const defaultConfig = "/etc/virtexit/virtexitd.yaml"
 
 // config is what an administrator can set.
 type config struct {
-	on         bool
-	level      snapshot.Level
-	duty       api.Duty
-	interval   time.Duration
-	retention  ledger.Retention
-	socket     string
-	group      string // empty: root alone reads
-	adminGroup string // empty: root alone switches
-	libvirtURI string
-	replay     string // a recording to read instead of the kernel module
-	logLevel   slog.Level
+	on            bool
+	level         snapshot.Level
+	duty          api.Duty
+	interval      time.Duration
+	retention     ledger.Retention
+	stateDir      string // empty: no state is kept
+	stateInterval time.Duration
+	socket        string
+	group         string // empty: root alone reads
+	adminGroup    string // empty: root alone switches
+	libvirtURI    string
+	replay        string // a recording to read instead of the kernel module
+	logLevel      slog.Level
 }
 
 // defaults holds every key with its value as one writes it.
@@ -51,6 +53,8 @@ var defaults = map[string]string{
 	"interval":        "1s",
 	"retention":       "1h",
 	"retention_count": "1000",
+	"state_dir":       "/var/lib/virtexit",
+	"state_interval":  "30s",
 	"collector":       "auto",
 	"socket":          api.DefaultSocket,
 	"group":           "libvirt",
@@ -162,6 +166,15 @@ func (c *config) set(key, value string) (allowed string) {
 	case "retention_count":
 		if c.retention.Count, err = strconv.Atoi(value); err != nil || c.retention.Count < 0 {
 			return "a number of domains is allowed"
+		}
+	case "state_dir":
+		c.stateDir = value
+		if value != "" && !filepath.IsAbs(value) {
+			return "an absolute path is allowed, or nothing"
+		}
+	case "state_interval":
+		if c.stateInterval, err = time.ParseDuration(value); err != nil || c.stateInterval < time.Second || c.stateInterval > time.Hour {
+			return "a duration from 1s to 1h is allowed"
 		}
 	case "collector":
 		name, file, recorded := strings.Cut(value, ":")

@@ -22,15 +22,17 @@ import (
 
 // builtIn is what the daemon does when nothing is configured.
 var builtIn = config{
-	on:         true,
-	level:      snapshot.Time,
-	duty:       api.Duty{OnNS: 1e9, EveryNS: 1e9},
-	interval:   time.Second,
-	retention:  ledger.Retention{Age: time.Hour, Count: 1000},
-	socket:     "/run/virtexit/virtexit.sock",
-	group:      "libvirt",
-	libvirtURI: "qemu:///system",
-	logLevel:   slog.LevelInfo,
+	on:            true,
+	level:         snapshot.Time,
+	duty:          api.Duty{OnNS: 1e9, EveryNS: 1e9},
+	interval:      time.Second,
+	retention:     ledger.Retention{Age: time.Hour, Count: 1000},
+	stateDir:      "/var/lib/virtexit",
+	stateInterval: 30 * time.Second,
+	socket:        "/run/virtexit/virtexit.sock",
+	group:         "libvirt",
+	libvirtURI:    "qemu:///system",
+	logLevel:      slog.LevelInfo,
 }
 
 func testFlags(t *testing.T, args ...string) *pflag.FlagSet {
@@ -74,6 +76,8 @@ func TestLoad(t *testing.T) {
 				c.level, c.interval, c.group, c.adminGroup, c.replay = snapshot.Count, 250*time.Millisecond, "", "wheel", "/tmp/x:y"
 				c.retention = ledger.Retention{Age: 5 * time.Minute, Count: 3}
 			})},
+		{name: "no state", file: `state_dir: ""`, want: with(func(c *config) { c.stateDir = "" })},
+		{name: "state elsewhere", file: "state_dir: /x\nstate_interval: 1h", want: with(func(c *config) { c.stateDir, c.stateInterval = "/x", time.Hour })},
 		{name: "level recent, at times", file: "level: recent\nduty: 1s/10s", want: with(func(c *config) { c.level, c.duty = snapshot.Recent, api.Duty{OnNS: 1e9, EveryNS: 1e10} })},
 		{name: "group given by number", file: "group: 0", want: with(func(c *config) { c.group = "0" })},
 		{name: "environment before file", file: "interval: 5s\nlevel: count", env: map[string]string{"VIRTEXIT_INTERVAL": "7s", "VIRTEXIT_RETENTION_COUNT": "9"},
@@ -107,6 +111,8 @@ func TestLoad(t *testing.T) {
 		{name: "retention", file: "retention: -1s", err: `retention: "-1s" is not valid`},
 		{name: "retention_count", file: "retention_count: many", err: `retention_count: "many" is not valid`},
 		{name: "retention_count below zero", file: "retention_count: -1", err: `retention_count: "-1" is not valid`},
+		{name: "relative state_dir", file: "state_dir: x", err: `state_dir: "x" is not valid: an absolute path is allowed, or nothing`},
+		{name: "state_interval", file: "state_interval: 10ms", err: `state_interval: "10ms" is not valid: a duration from 1s to 1h is allowed`},
 		{name: "collector", file: "collector: ebpf", err: `collector: "ebpf" is not valid: auto, kmod and replay:FILE are allowed`},
 		{name: "replay of nothing", file: "collector: 'replay:'", err: `collector: "replay:" is not valid`},
 		{name: "relative socket", file: "socket: x.sock", err: `socket: "x.sock" is not valid`},
@@ -180,7 +186,7 @@ func FuzzLoad(f *testing.F) {
 			return
 		}
 		if c.level < snapshot.Count || c.level > snapshot.Recent || c.duty.Check() != nil || c.interval < 100*time.Millisecond || c.interval > time.Hour ||
-			c.retention.Age < 0 || c.retention.Count < 0 || !filepath.IsAbs(c.socket) || c.libvirtURI == "" {
+			c.retention.Age < 0 || c.retention.Count < 0 || c.stateInterval < time.Second || c.stateDir != "" && !filepath.IsAbs(c.stateDir) || !filepath.IsAbs(c.socket) || c.libvirtURI == "" {
 			t.Errorf("accepted %+v", c)
 		}
 	})

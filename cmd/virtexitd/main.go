@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"os/user"
+	"strings"
 	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/daemon"
@@ -83,19 +84,22 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 	}
 	libvirt := vmmap.NewLibvirt(c.libvirtURI)
 	d := daemon.New(daemon.Config{
-		Open:       opener(c),
-		Identities: vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now}),
-		Libvirt:    libvirt,
-		On:         c.on,
-		Level:      c.level,
-		Duty:       c.duty,
-		Interval:   c.interval,
-		Retention:  c.retention,
-		BootTime:   bootTime,
-		CPUTime:    cpuTime,
-		Kernel:     kernelRelease(),
-		Version:    version,
-		Log:        log,
+		Open:          opener(c),
+		Identities:    vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now}),
+		Libvirt:       libvirt,
+		On:            c.on,
+		Level:         c.level,
+		Duty:          c.duty,
+		Interval:      c.interval,
+		Retention:     c.retention,
+		StateDir:      stateDir(c),
+		StateInterval: c.stateInterval,
+		Boot:          bootID(),
+		BootTime:      bootTime,
+		CPUTime:       cpuTime,
+		Kernel:        kernelRelease(),
+		Version:       version,
+		Log:           log,
 	})
 	notify := func(state string) {
 		if _, err := systemd.SdNotify(false, state); err != nil {
@@ -161,6 +165,15 @@ func opener(c config) func() (source.Source, error) {
 	}
 }
 
+// stateDir is where the daemon keeps its state. What was recorded is another
+// host's, or another time's.
+func stateDir(c config) string {
+	if c.replay != "" {
+		return ""
+	}
+	return c.stateDir
+}
+
 // watchdog tells systemd that the daemon lives, as long as it answers.
 func watchdog(ctx context.Context, d *daemon.Daemon, notify func(string)) {
 	interval, err := systemd.SdWatchdogEnabled(false)
@@ -196,6 +209,15 @@ func cpuTime() time.Duration {
 		panic(err) // the only failures are a bad address and a bad number
 	}
 	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+}
+
+// bootID names this boot of the kernel; it is empty where there is no /proc.
+func bootID() string {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(id))
 }
 
 func kernelRelease() string {

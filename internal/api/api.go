@@ -39,7 +39,9 @@ type Status struct {
 	// Exits = those of all domains, present and past, + Unattributed + Missed.
 	Exits        uint64    `json:"exits"`        // that the kernel has counted; also by a collector that was since unloaded
 	Unattributed uint64    `json:"unattributed"` // of these, charged to no vCPU
-	Missed       uint64    `json:"missed"`       // of these, taken by another reader or before this daemon started
+	Missed       uint64    `json:"missed"`       // of these, released by another reader, or when the daemon's state was lost
+	TotalsSince  time.Time `json:"totals_since"` // all totals began then; by a daemon before this one, if its state was kept
+	ObservedNS   int64     `json:"observed_ns"`  // of the time since then, that in which exits were counted
 	Libvirt      Libvirt   `json:"libvirt"`
 	Since        time.Time `json:"since"` // the daemon's start
 	CPU          CPU       `json:"cpu"`

@@ -17,7 +17,7 @@ import (
 func (d *Daemon) Status() api.Status {
 	d.sample() // a failure is the status's problem
 	d.mu.Lock()
-	src, problem, level, duty, totals, usage := d.source, d.problem, d.wish.level, d.wish.duty, d.view.Totals, d.usage
+	src, problem, level, duty, totals, counted, usage := d.source, d.problem, d.wish.level, d.wish.duty, d.view.Totals, int64(d.view.Counted), d.usage
 	forAll := snapshot.Recent // where the collector tells of a higher level, it is that of some domains alone
 	if len(d.given) > 0 {
 		forAll = d.wish.now()
@@ -33,6 +33,8 @@ func (d *Daemon) Status() api.Status {
 		Exits:        totals.Exits,
 		Unattributed: totals.Unattributed,
 		Missed:       totals.Missed,
+		TotalsSince:  d.totalsSince,
+		ObservedNS:   max(0, min(counted, time.Since(d.totalsSince).Nanoseconds())),
 		Since:        d.started,
 		CPU: api.CPU{
 			TotalPct:  share(d.config.CPUTime(), time.Since(d.started)),

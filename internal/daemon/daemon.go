@@ -34,6 +34,7 @@ type Identities interface {
 	Learn(tgid int)
 	Lookup(p snapshot.Process, comm string) (d vmmap.Domain, known bool)
 	Forget(p snapshot.Process)
+	Restore(p snapshot.Process, d vmmap.Domain)
 	Domains() []vmmap.Domain
 }
 
@@ -45,28 +46,37 @@ type Libvirt interface {
 
 // Config is what a Daemon is made of.
 type Config struct {
-	Open       func() (source.Source, error)
-	Identities Identities
-	Libvirt    Libvirt // may be nil
-	On         bool    // collect from the start
-	Level      snapshot.Level
-	Duty       api.Duty      // the zero one: always
-	Interval   time.Duration // from one snapshot to the next
-	Retention  ledger.Retention
-	BootTime   func() time.Duration // CLOCK_BOOTTIME
-	CPUTime    func() time.Duration // that this process has used
-	Kernel     string               // release
-	Version    string
-	Log        *slog.Logger
+	Open          func() (source.Source, error)
+	Identities    Identities
+	Libvirt       Libvirt // may be nil
+	On            bool    // collect from the start
+	Level         snapshot.Level
+	Duty          api.Duty      // the zero one: always
+	Interval      time.Duration // from one snapshot to the next
+	Retention     ledger.Retention
+	StateDir      string               // where totals are kept from one start to the next; empty: nowhere
+	StateInterval time.Duration        // how often they are, at the least
+	Boot          string               // names this boot of the kernel; empty: unknown
+	BootTime      func() time.Duration // CLOCK_BOOTTIME
+	CPUTime       func() time.Duration // that this process has used
+	Kernel        string               // release
+	Version       string
+	Log           *slog.Logger
 }
 
 // Daemon collects while Run runs. Its other methods may be called at any time,
 // from any goroutine; none waits for libvirt.
 type Daemon struct {
-	config   Config
-	started  time.Time
-	identify chan struct{} // asks for a refresh of the identities
-	switched chan struct{} // tells that level or duty changed
+	config      Config
+	started     time.Time
+	identify    chan struct{} // asks for a refresh of the identities
+	switched    chan struct{} // tells that level or duty changed
+	retired     chan struct{} // tells that slots wait to be saved
+	store       *store        // nil: no state is kept
+	totalsSince time.Time
+
+	saving  sync.Mutex // one at a time; taken before mu
+	unsaved bool       // the latest time
 
 	mu        sync.Mutex // guards what follows, and the order of snapshots
 	source    source.Source
@@ -79,6 +89,7 @@ type Daemon struct {
 	period    [2]*ledger.View                   // at the beginning and the end of the latest full period
 	usage     [2]usage                          // the same for our own processor time
 	followers int                               // of logs
+	release   []snapshot.SlotID                 // slots of the source that are retired, once they are saved
 	kept      map[snapshot.SlotID]time.Duration // slots that followers may want to read yet, since when
 }
 
@@ -92,6 +103,7 @@ func New(c Config) *Daemon {
 		started:  time.Now(),
 		identify: make(chan struct{}, 1),
 		switched: make(chan struct{}, 1),
+		retired:  make(chan struct{}, 1),
 		wish:     wish{duty: c.Duty, processes: make(map[snapshot.Process]snapshot.Level)},
 		given:    make(map[snapshot.Process]snapshot.Level),
 		problem:  errors.New("starting"),
@@ -99,6 +111,10 @@ func New(c Config) *Daemon {
 	}
 	if c.On {
 		d.wish.level = c.Level
+	}
+	d.totalsSince = d.started
+	if c.StateDir != "" {
+		d.restore()
 	}
 	d.view = d.ledger.View()
 	d.period = [2]*ledger.View{d.view, d.view}
@@ -108,8 +124,22 @@ func New(c Config) *Daemon {
 // Run collects until ctx ends, and then gives up its wish that the kernel
 // count. A collector that is absent or goes away is tried for ever.
 func (d *Daemon) Run(ctx context.Context) {
+	if d.store != nil {
+		defer func() {
+			d.save()
+			if err := d.store.close(); err != nil {
+				d.config.Log.Warn("closing the state directory", "error", err)
+			}
+		}()
+		// Who of those that are restored lives has to be known before any are
+		// forgotten. If this fails so will the next one, and say so.
+		d.config.Identities.Refresh()
+	}
 	var others sync.WaitGroup
 	defer others.Wait()
+	if d.store != nil {
+		others.Go(func() { d.keepState(ctx) })
+	}
 	others.Go(func() { d.keepIdentities(ctx) })
 	others.Go(func() { d.keepDuty(ctx) })
 	if d.config.Libvirt != nil {
@@ -145,6 +175,7 @@ func (d *Daemon) collect(ctx context.Context, src source.Source) error {
 		var err error
 		select {
 		case <-ctx.Done():
+			d.finish()
 			return nil
 		case e, ok := <-events:
 			if !ok {
@@ -188,7 +219,7 @@ func (d *Daemon) attach(src source.Source) error {
 		}
 	}
 	d.ledger.Reopen()
-	d.source, d.problem, d.snap = src, nil, nil
+	d.source, d.problem, d.snap, d.release = src, nil, nil, nil
 	d.usage = [2]usage{d.used(), d.used()}
 	d.config.Log.Info("collector opened", "collector", info.Collector, "version", info.Version, "isa", info.ISA)
 	return d.sampleLocked()
@@ -219,7 +250,7 @@ func (d *Daemon) sample() error {
 	asked := d.now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.source != nil && d.view.Time > asked {
+	if d.source != nil && int64(d.view.Time) > int64(asked) {
 		return nil // someone else's, begun after we asked
 	}
 	return d.sampleLocked()
@@ -243,13 +274,28 @@ func (d *Daemon) sampleLocked() error {
 	if err := d.commandProcesses(); err != nil {
 		d.config.Log.Debug("setting levels of processes", "error", err)
 	}
-	if release = d.keep(release); len(release) > 0 {
-		// What can't be released now is asked for again at the next snapshot.
-		if err := d.source.Release(release); err != nil {
-			d.config.Log.Debug("releasing slots", "error", err)
+	d.release = d.keep(release)
+	switch {
+	case d.store == nil:
+		d.releaseLocked(d.release)
+	case len(d.release) > 0:
+		select {
+		case d.retired <- struct{}{}:
+		default: // told already
 		}
 	}
 	return nil
+}
+
+// releaseLocked releases slots of the open source. What can't be released now
+// is asked for again at the next snapshot.
+func (d *Daemon) releaseLocked(slots []snapshot.SlotID) {
+	if d.source == nil || len(slots) == 0 {
+		return
+	}
+	if err := d.source.Release(slots); err != nil {
+		d.config.Log.Debug("releasing slots", "error", err)
+	}
 }
 
 // trouble remembers and logs what is wrong with the open collector.

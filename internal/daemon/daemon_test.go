@@ -208,6 +208,9 @@ func clone(s snapshot.Snapshot) *snapshot.Snapshot {
 func (h *handle) Release(ids []snapshot.SlotID) error {
 	h.host.mu.Lock()
 	defer h.host.mu.Unlock()
+	if h.gone {
+		return source.ErrGone
+	}
 	h.host.snap.Slots = slices.DeleteFunc(h.host.snap.Slots, func(s snapshot.Slot) bool {
 		if s.Retired && slices.Contains(ids, s.ID) {
 			h.host.snap.Released += s.Exits()
@@ -335,6 +338,13 @@ func (h *host) Forget(p snapshot.Process) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.learnt, inProc(p))
+}
+
+func (h *host) Restore(p snapshot.Process, d vmmap.Domain) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	d.ID, d.TGID, d.State = nil, 0, vmmap.ShutOff
+	h.learnt[inProc(p)] = d
 }
 
 func (h *host) Domains() []vmmap.Domain {

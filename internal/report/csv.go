@@ -120,10 +120,10 @@ func statusCSV(w io.Writer, s api.Status) error {
 	}
 	return csv.NewWriter(w).WriteAll([][]string{
 		{"collection", "level", "duty_on_ns", "duty_every_ns", "collector", "problem", "module", "hook", "hook_cycles", "kernel", "isa",
-			"slots_live", "slots_retired", "slots_backed", "slots_max", "exits", "unattributed", "missed",
+			"slots_live", "slots_retired", "slots_backed", "slots_max", "exits", "unattributed", "missed", "totals_since", "observed_ns",
 			"libvirt_connected", "libvirt_uri", "libvirt_error", "version", "since", "cpu_total_pct", "cpu_latest_pct"},
 		values(s.Collection, s.Level, on, every, s.Collector, s.Problem, s.Module, s.Hook, s.HookCycles, s.Kernel, s.ISA,
-			s.Slots.Live, s.Slots.Retired, s.Slots.Backed, s.Slots.Max, s.Exits, s.Unattributed, s.Missed,
+			s.Slots.Live, s.Slots.Retired, s.Slots.Backed, s.Slots.Max, s.Exits, s.Unattributed, s.Missed, &s.TotalsSince, s.ObservedNS,
 			s.Libvirt.Connected, s.Libvirt.URI, s.Libvirt.Error, s.Version, &s.Since, s.CPU.TotalPct, s.CPU.LatestPct),
 	})
 }

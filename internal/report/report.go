@@ -363,6 +363,7 @@ func Status(w io.Writer, s api.Status, f Format) error {
 		{"Exits", count(s.Exits)},
 		{"Unattributed", count(s.Unattributed)},
 		{"Missed", count(s.Missed)},
+		{"Totals", fmt.Sprintf("since %s, exits counted for %s", s.TotalsSince.Format("2006-01-02 15:04:05 MST"), span(s.ObservedNS))},
 		{"Libvirt", libvirt},
 		{"Daemon", fmt.Sprintf("%s, since %s, %s of a CPU (now %s)", s.Version, s.Since.Format("2006-01-02 15:04:05 MST"), percent(s.CPU.TotalPct), percent(s.CPU.LatestPct))},
 	}
