@@ -94,7 +94,8 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 		Retention:     c.retention,
 		StateDir:      stateDir(c),
 		StateInterval: c.stateInterval,
-		Boot:          bootID(),
+		Boot:          readID("/proc/sys/kernel/random/boot_id"),
+		Machine:       readID("/etc/machine-id"),
 		BootTime:      bootTime,
 		CPUTime:       cpuTime,
 		Kernel:        kernelRelease(),
@@ -211,9 +212,10 @@ func cpuTime() time.Duration {
 	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
-// bootID names this boot of the kernel; it is empty where there is no /proc.
-func bootID() string {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+// readID reads what names a host or a boot; it is empty where there is no such
+// file.
+func readID(file string) string {
+	id, err := os.ReadFile(file)
 	if err != nil {
 		return ""
 	}

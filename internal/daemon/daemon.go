@@ -57,6 +57,7 @@ type Config struct {
 	StateDir      string               // where totals are kept from one start to the next; empty: nowhere
 	StateInterval time.Duration        // how often they are, at the least
 	Boot          string               // names this boot of the kernel; empty: unknown
+	Machine       string               // names the host
 	BootTime      func() time.Duration // CLOCK_BOOTTIME
 	CPUTime       func() time.Duration // that this process has used
 	Kernel        string               // release
@@ -250,7 +251,7 @@ func (d *Daemon) sample() error {
 	asked := d.now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.source != nil && int64(d.view.Time) > int64(asked) {
+	if d.source != nil && d.view.Time > asked {
 		return nil // someone else's, begun after we asked
 	}
 	return d.sampleLocked()

@@ -40,7 +40,8 @@ type host struct {
 	recent    map[snapshot.SlotID][]snapshot.Exit
 	processes map[int]vmmap.Domain // /proc
 	learnt    map[snapshot.Process]vmmap.Domain
-	refuse    bool // levels of processes
+	refuse    bool          // levels of processes
+	slow      time.Duration // what a refresh takes
 	open      *handle
 }
 
@@ -311,6 +312,7 @@ func (h *host) Learn(tgid int) {
 }
 
 func (h *host) Refresh() error {
+	time.Sleep(h.slow)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for p, d := range h.learnt {

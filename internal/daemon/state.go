@@ -40,6 +40,7 @@ const (
 
 type stateHeader struct {
 	Version  int           `json:"version"`
+	Machine  string        `json:"machine"`
 	Boot     string        `json:"boot"`  // of the kernel
 	Saved    time.Time     `json:"saved"` // at
 	BootTime time.Duration `json:"boottime_ns"`
@@ -116,7 +117,7 @@ type restored struct {
 // is what was written, and fits together.
 func readState(in io.Reader, keep ledger.Retention) (*restored, error) {
 	lines := bufio.NewScanner(io.LimitReader(in, maxState))
-	lines.Buffer(nil, maxStateLine)
+	lines.Buffer(nil, maxStateLine+1)
 	sum := newChecksum()
 	number := 0
 	next := func() (r stateRecord, before uint32, err error) {
@@ -276,6 +277,9 @@ func (d *Daemon) restore() {
 
 // adopt makes what was stored the daemon's own.
 func (d *Daemon) adopt(s *restored) error {
+	if s.Machine != d.config.Machine {
+		return errors.New("it is another host's")
+	}
 	now, latest := d.config.BootTime(), time.Duration(s.ledger.View().Time)
 	var shift uint64
 	if s.Boot != d.config.Boot || s.Boot == "" {
@@ -316,7 +320,7 @@ func (d *Daemon) save() {
 	defer d.saving.Unlock()
 	d.mu.Lock()
 	s := &state{
-		stateHeader: stateHeader{stateVersion, d.config.Boot, time.Now().Round(0), d.config.BootTime(), d.totalsSince},
+		stateHeader: stateHeader{stateVersion, d.config.Machine, d.config.Boot, time.Now().Round(0), d.config.BootTime(), d.totalsSince},
 		ledger:      d.ledger.State(),
 		domains:     make(map[snapshot.Process]vmmap.Domain),
 	}
@@ -334,7 +338,8 @@ func (d *Daemon) save() {
 	}
 	d.unsaved = err != nil
 
-	// Even so: the kernel has to have slots for those who live.
+	// Even so: the kernel has to have slots for those who live. A source that was
+	// opened meanwhile may have other slots of the same numbers.
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.source == src {

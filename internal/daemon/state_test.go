@@ -55,7 +55,7 @@ func (m *machine) begin() {
 	m.d = New(Config{
 		Open: m.Open, Identities: m.host, On: true, Level: snapshot.Time, Interval: time.Second,
 		Retention: ledger.Retention{Age: time.Hour, Count: 10},
-		StateDir:  m.dir, StateInterval: 30 * time.Second, Boot: fmt.Sprint(m.name),
+		StateDir:  m.dir, StateInterval: 30 * time.Second, Boot: fmt.Sprint(m.name), Machine: "m",
 		BootTime: m.now, CPUTime: m.now, Log: slog.New(slog.NewTextHandler(&m.log, nil)),
 	})
 	ctx, cancel := context.WithCancel(m.t.Context())
@@ -255,6 +255,42 @@ func TestRestartRebooted(t *testing.T) {
 	})
 }
 
+// A clock that is wrong after the boot does not move what was before it into it.
+func TestRestartClock(t *testing.T) {
+	onMachine(t, func(t *testing.T, m *machine) {
+		m.begin()
+		m.exits(1, 0, 0x72, 50)
+		pass(10 * time.Second)
+		m.stop()
+		m.name++
+		m.boot = time.Now().Add(-10 * time.Hour)
+		m.reload()
+		m.begin()
+		m.accounted(50, 0)
+		for p := range m.d.latest().Processes {
+			if int64(p.Start) >= 0 {
+				t.Errorf("%v seems to have started in this boot", p)
+			}
+		}
+	})
+}
+
+// Who lived all the time, with nobody to count it, is not forgotten.
+func TestRestartLate(t *testing.T) {
+	onMachine(t, func(t *testing.T, m *machine) {
+		m.begin()
+		m.start(1, "web")
+		m.exits(1, 0, 0x72, 50)
+		pass(10 * time.Second)
+		m.stop()
+		time.Sleep(24 * time.Hour)
+		m.slow = 3 * time.Second
+		m.begin()
+		pass(20 * time.Second)
+		m.expect(map[string]uint64{"web running": 50})
+	})
+}
+
 // sinceOf tells since when domains are counted.
 func sinceOf(m *machine) map[string]time.Time {
 	since := make(map[string]time.Time)
@@ -307,6 +343,14 @@ func TestStateSetAside(t *testing.T) {
 		{"another version", "its version is 2, this program's is 1", replace(`"version":1`, `"version":2`)},
 		{"of another program", "not a state of virtexitd", write("{}\n")},
 		{"binary", "not a state of virtexitd", write("\x7fELF\x00\x00")},
+		{"of another host", "another host's", func(t *testing.T, file string) {
+			replace(`"machine":"m"`, `"machine":"x"`)(t, file)
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			write(string(sealed(text)))(t, file)
+		}},
 		{"zeros", "not a state of virtexitd", write(strings.Repeat("\x00", 5000))},
 		{"writable by others", "others could write", func(t *testing.T, file string) {
 			write(string(good))(t, file)
@@ -534,13 +578,8 @@ func FuzzReadState(f *testing.F) {
 	f.Add(good[:len(good)-10])
 	f.Add(text(ledger.New(ledger.Retention{}), nil))
 	f.Fuzz(func(t *testing.T, in []byte) {
-		// With the checksum put right, so that there is more to find.
-		if i := bytes.LastIndex(in, []byte(`{"end":`)); i >= 0 {
-			sum := newChecksum()
-			sum.Write(in[:i])
-			in = append(in[:i:i], fmt.Sprintf(`{"end":{"records":%d,"crc32c":%d}}`, bytes.Count(in[:i], []byte{'\n'})-1, sum.Sum32())...)
-		}
-		s, err := readState(bytes.NewReader(in), ledger.Retention{Age: 1, Count: 1})
+		// So that there is more to find.
+		s, err := readState(bytes.NewReader(sealed(in)), ledger.Retention{Age: 1, Count: 1})
 		if err != nil {
 			return
 		}
@@ -561,6 +600,17 @@ func FuzzReadState(f *testing.F) {
 		s.ledger.Reboot(1)
 		s.ledger.Expire(func(snapshot.Process) bool { return false })
 	})
+}
+
+// sealed is a file with an end that fits.
+func sealed(in []byte) []byte {
+	i := bytes.LastIndex(in, []byte(`{"end":`))
+	if i < 0 {
+		return in
+	}
+	sum := newChecksum()
+	sum.Write(in[:i])
+	return append(in[:i:i], fmt.Sprintf(`{"end":{"records":%d,"crc32c":%d}}`, bytes.Count(in[:i], []byte{'\n'})-1, sum.Sum32())...)
 }
 
 // What it takes to keep the state of 1000 domains of 8 vCPUs: to copy it, which

@@ -170,6 +170,10 @@ func TestSpan(t *testing.T) {
 		{"counted for long before", []step{
 			{now: 100, wall: 99, span: 99, snap: snap(5000, slot(1, 1, 1))},
 		}},
+		{"taken into use while the snapshot was", []step{
+			{now: 1, wall: 0, span: 0, snap: snap(1, slot(1, 2, 1))},
+			{now: 3, wall: 2, span: 2, snap: snap(3, slot(1, 2, 1))},
+		}},
 		{"retired and not yet released", []step{
 			{now: 3, wall: 2, span: 2, snap: snap(2, retired(slot(1, 1, 1)))},
 			{now: 5, wall: 2, span: 2, snap: snap(4, retired(slot(1, 1, 1)))},
