@@ -74,6 +74,7 @@ type virtexitd struct {
 type options struct {
 	interval string   // 1s where empty
 	libvirt  string   // URI
+	state    string   // directory; none where empty
 	wrapper  []string // a command that executes the one that follows
 }
 
@@ -83,7 +84,7 @@ func start(t *testing.T, o options) *virtexitd {
 	t.Helper()
 	dir := t.TempDir()
 	config := filepath.Join(dir, "virtexitd.yaml")
-	text := "log_level: debug\n"
+	text := fmt.Sprintf("log_level: debug\nstate_dir: %q\n", o.state)
 	if o.interval != "" {
 		text += "interval: " + o.interval + "\n"
 	}
