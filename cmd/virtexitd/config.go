@@ -173,8 +173,8 @@ func (c *config) set(key, value string) (allowed string) {
 			return "an absolute path is allowed, or nothing"
 		}
 	case "state_interval":
-		if c.stateInterval, err = time.ParseDuration(value); err != nil || c.stateInterval < time.Second || c.stateInterval > time.Hour {
-			return "a duration from 1s to 1h is allowed"
+		if c.stateInterval, err = time.ParseDuration(value); err != nil || c.stateInterval < 5*time.Second || c.stateInterval > time.Hour {
+			return "a duration from 5s to 1h is allowed"
 		}
 	case "collector":
 		name, file, recorded := strings.Cut(value, ":")

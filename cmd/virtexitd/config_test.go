@@ -112,7 +112,7 @@ func TestLoad(t *testing.T) {
 		{name: "retention_count", file: "retention_count: many", err: `retention_count: "many" is not valid`},
 		{name: "retention_count below zero", file: "retention_count: -1", err: `retention_count: "-1" is not valid`},
 		{name: "relative state_dir", file: "state_dir: x", err: `state_dir: "x" is not valid: an absolute path is allowed, or nothing`},
-		{name: "state_interval", file: "state_interval: 10ms", err: `state_interval: "10ms" is not valid: a duration from 1s to 1h is allowed`},
+		{name: "state_interval", file: "state_interval: 10ms", err: `state_interval: "10ms" is not valid: a duration from 5s to 1h is allowed`},
 		{name: "collector", file: "collector: ebpf", err: `collector: "ebpf" is not valid: auto, kmod and replay:FILE are allowed`},
 		{name: "replay of nothing", file: "collector: 'replay:'", err: `collector: "replay:" is not valid`},
 		{name: "relative socket", file: "socket: x.sock", err: `socket: "x.sock" is not valid`},
@@ -186,7 +186,7 @@ func FuzzLoad(f *testing.F) {
 			return
 		}
 		if c.level < snapshot.Count || c.level > snapshot.Recent || c.duty.Check() != nil || c.interval < 100*time.Millisecond || c.interval > time.Hour ||
-			c.retention.Age < 0 || c.retention.Count < 0 || c.stateInterval < time.Second || c.stateDir != "" && !filepath.IsAbs(c.stateDir) || !filepath.IsAbs(c.socket) || c.libvirtURI == "" {
+			c.retention.Age < 0 || c.retention.Count < 0 || c.stateInterval < 5*time.Second || c.stateDir != "" && !filepath.IsAbs(c.stateDir) || !filepath.IsAbs(c.socket) || c.libvirtURI == "" {
 			t.Errorf("accepted %+v", c)
 		}
 	})

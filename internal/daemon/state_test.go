@@ -440,7 +440,7 @@ func TestStateNowhere(t *testing.T) {
 				m.exits(1, 0, 0x72, 9)
 				pass(2 * time.Second)
 				m.die(1)
-				pass(5 * time.Second)
+				pass(10 * time.Second)
 				m.accounted(9, 0)
 				if len(m.snap.Slots) != 0 {
 					t.Error("slots are not released")
@@ -487,7 +487,7 @@ func TestSavedBeforeReleased(t *testing.T) {
 			m.die(tgid)
 			pass(time.Duration(tgid) * 100 * time.Millisecond)
 		}
-		pass(3 * time.Second)
+		pass(10 * time.Second)
 		if released != 20 {
 			t.Errorf("%d slots have been released, of 20", released)
 		}

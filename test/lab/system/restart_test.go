@@ -32,7 +32,7 @@ func TestRestart(t *testing.T) {
 	began := d.status().TotalsSince
 	inside.Eventually(t, "brief is done", 30*time.Second, func() bool { return counts(d.find("brief"))["hlt"] == 1 })
 	virsh(t, "destroy", "brief")
-	inside.Eventually(t, "its slot is saved and released", 10*time.Second, func() bool { return info(t, watch).SlotsRetired == 0 })
+	inside.Eventually(t, "its slot is saved and released", 20*time.Second, func() bool { return info(t, watch).SlotsRetired == 0 })
 	brief := asked(counts(d.total("brief")))
 
 	var ran, busy uint64
