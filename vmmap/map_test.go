@@ -298,7 +298,7 @@ func TestRestore(t *testing.T) {
 	h := newHost(t, said(nil, records...))
 	h.Restore(vm1, was)
 	h.Restore(gone, was)
-	last := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: was.VCPUs}
+	last := Domain{Name: "vm1", UUID: uuid1, State: ShutOff, Source: "libvirt", VCPUs: was.VCPUs, Metadata: was.Metadata}
 	h.expect(vm1, "qemu", last, true)
 	h.time = h.time.Add(time.Hour)
 	h.refresh()

@@ -134,7 +134,8 @@ func (n names) Lookup(p snapshot.Process, _ string) (vmmap.Domain, bool) {
 	d, ok := n[p.TGID]
 	return d, ok
 }
-func (n names) Forget(snapshot.Process) {}
+func (n names) Forget(snapshot.Process)                {}
+func (n names) Restore(snapshot.Process, vmmap.Domain) {}
 func (n names) Domains() (all []vmmap.Domain) {
 	for _, d := range n {
 		all = append(all, d)
@@ -263,7 +264,7 @@ func BenchmarkHost(b *testing.B) {
 		// What virtexit(1) does, from its request to its last line.
 		run("list", nothing, func(b *testing.B, h *hosted) error {
 			domains, err := h.client.Domains(ctx)
-			return errors.Join(err, report.List(io.Discard, domains, report.Table, true))
+			return errors.Join(err, report.List(io.Discard, domains, report.ListOptions{Format: report.Table, Collecting: true}))
 		})
 		run("report", nothing, func(b *testing.B, h *hosted) error {
 			r, err := h.client.Report(ctx, []string{"guest-0000"}, 0)
