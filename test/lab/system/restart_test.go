@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"virtexit/internal/snapshot"
 	"virtexit/test/lab/inside"
 )
 
@@ -53,6 +54,7 @@ func TestRestart(t *testing.T) {
 			time.Sleep(time.Duration(round) * 300 * time.Millisecond)
 		}
 		d.end(signal)
+		inside.Eventually(t, "its lease has died", 10*time.Second, func() bool { return info(t, watch).Level == snapshot.Off })
 		run(t, g, 0, "cpuid:500") // seen by nobody
 		d = start(t, options{state: state})
 		s := d.status()
