@@ -164,7 +164,7 @@ func newBackend() *fakeBackend {
 func serve(t *testing.T, b *fakeBackend) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "sock")
-	l, err := server.Listen(path, "")
+	l, err := server.Listen(path, "", 0o660)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -72,8 +72,13 @@ type Libvirt struct {
 // and percentages are those over the daemon's latest sampling period in which
 // it counted.
 type Domains struct {
-	Schema  string   `json:"schema"`
-	Domains []Domain `json:"domains"`
+	Schema string `json:"schema"`
+	// Seq is the number of that period. It grows by one with each, and begins
+	// anew with the daemon.
+	Seq         uint64    `json:"seq"`
+	DaemonSince time.Time `json:"daemon_since"` // as Status.Since
+	Time        time.Time `json:"time"`         // of the totals
+	Domains     []Domain  `json:"domains"`
 }
 
 // OneDomain is the answer to GET /v1/domains/{id|name|uuid}.
@@ -82,12 +87,13 @@ type OneDomain struct {
 	Domain
 }
 
-// Report is the answer to GET /v1/report.
+// Report is the answer to GET /v1/report, and a line of that to GET /v1/watch.
 type Report struct {
 	Schema     string    `json:"schema"`
-	Total      bool      `json:"total"`       // counted since each domain's Since, otherwise over the interval
-	Time       time.Time `json:"time"`        // the end of the interval
-	IntervalNS int64     `json:"interval_ns"` // 0 when Total
+	Seq        uint64    `json:"seq,omitempty"` // number of the line; an interval begins where the one before it ended
+	Total      bool      `json:"total"`         // counted since each domain's Since, otherwise over the interval
+	Time       time.Time `json:"time"`          // the end of the interval
+	IntervalNS int64     `json:"interval_ns"`   // 0 when Total
 	Domains    []Domain  `json:"domains"`
 }
 
@@ -100,7 +106,7 @@ type Domain struct {
 	State  string     `json:"state"`
 	Source string     `json:"source"` // what named it: "libvirt", "rundir", "proc", "process"
 	Level  string     `json:"level"`  // in force: "off", also while paused; "count", "time", "recent"
-	Since  *time.Time `json:"since"`  // counting began; null when nothing was counted
+	Since  *time.Time `json:"since"`  // counting began, at 0: another one than before tells of another run; null when nothing was counted
 	// Title, Description and Cloud are what libvirt's XML of the domain says.
 	Title       string `json:"title,omitempty"`
 	Description string `json:"description,omitempty"`
@@ -228,8 +234,9 @@ type Collection struct {
 	Duty       *Duty  `json:"duty,omitempty"`  // with "on"; the configured one when absent
 }
 
-// Error is the body of every answer that is not a success. With Domain, the
-// HTTP status 404 stands for a NotFoundError and 409 for an AmbiguousError.
+// Error is the body of every answer that is not a success, and the last line of
+// a stream that fails. With Domain, the HTTP status 404 stands for a
+// NotFoundError and 409 for an AmbiguousError.
 type Error struct {
 	Schema  string  `json:"schema"`
 	Message string  `json:"error"`

@@ -4,7 +4,9 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"virtexit/internal/api"
@@ -82,9 +84,9 @@ func (d *Daemon) Status() api.Status {
 // rates those over the latest full period.
 func (d *Daemon) Domains() api.Domains {
 	d.mu.Lock()
-	view, period := d.view, d.period
+	view, period, seq := d.view, d.period, d.periods
 	d.mu.Unlock()
-	return api.Domains{Domains: d.list(view, func(total *ledger.Total) (counts, rates *ledger.Total) {
+	return api.Domains{Seq: seq, DaemonSince: d.started, Time: d.wall(view.Time), Domains: d.list(view, func(total *ledger.Total) (counts, rates *ledger.Total) {
 		end := period[1].Processes[total.Process]
 		if end == nil {
 			return total, total // new: it has rates since its start
@@ -93,7 +95,7 @@ func (d *Daemon) Domains() api.Domains {
 	})}
 }
 
-// Report tells what the named domains, or all that run, did in an interval
+// Report tells what the named domains, or all that run or did, do in an interval
 // that begins now, or all that is known of them when interval is 0. With a duty
 // cycle an interval should be as long as its period: a shorter one may fall into
 // a pause, of which nothing is known.
@@ -103,11 +105,11 @@ func (d *Daemon) Report(ctx context.Context, names []string, interval time.Durat
 	}
 	end := d.latest()
 	if interval == 0 {
-		domains, err := choose(d.list(end, sinceStart), names)
+		domains, err := choose(d.list(end, sinceStart), names, running)
 		return api.Report{Total: true, Time: d.wall(end.Time), Domains: domains}, err
 	}
 	begin := end
-	if _, err := choose(d.list(begin, sinceStart), names); err != nil {
+	if _, err := choose(d.list(begin, sinceStart), names, running); err != nil {
 		return api.Report{}, err // now rather than after the interval
 	}
 	wait(ctx, interval)
@@ -118,11 +120,60 @@ func (d *Daemon) Report(ctx context.Context, names []string, interval time.Durat
 		return api.Report{}, err
 	}
 	end = d.latest()
-	domains, err := choose(d.list(end, func(total *ledger.Total) (counts, rates *ledger.Total) {
+	domains, err := choose(d.between(begin, end), names, ran)
+	return api.Report{Time: d.wall(end.Time), IntervalNS: int64(end.Time - begin.Time), Domains: domains}, err
+}
+
+// Watch hands a report of one interval after the other to each, until that fails
+// or ctx ends. No exit is in two of them, and none is between two: when each takes
+// its time, the next interval is longer. A domain that was named may end, and
+// begin again, meanwhile.
+func (d *Daemon) Watch(ctx context.Context, names []string, interval time.Duration, each func(api.Report) error) error {
+	if err := d.sample(); err != nil {
+		return err
+	}
+	begin := d.latest()
+	if _, err := choose(d.list(begin, sinceStart), names, running); err != nil {
+		return err
+	}
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for seq := uint64(1); ; seq++ {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-ticker.C:
+		}
+		if err := d.sample(); err != nil {
+			return err
+		}
+		end := d.latest()
+		report := api.Report{Seq: seq, Time: d.wall(end.Time), IntervalNS: int64(end.Time - begin.Time)}
+		domains := d.between(begin, end)
+		present := slices.DeleteFunc(slices.Clone(names), func(name string) bool {
+			var notFound *api.NotFoundError
+			_, err := api.Find(domains, name)
+			return errors.As(err, &notFound)
+		})
+		if len(names) == 0 || len(present) > 0 {
+			var err error
+			if report.Domains, err = choose(domains, present, ran); err != nil {
+				return err
+			}
+		}
+		if err := each(report); err != nil {
+			return err
+		}
+		begin = end
+	}
+}
+
+// between tells what all domains did from one view to another.
+func (d *Daemon) between(begin, end *ledger.View) []api.Domain {
+	return d.list(end, func(total *ledger.Total) (counts, rates *ledger.Total) {
 		diff := total.Sub(begin.Processes[total.Process])
 		return diff, diff
-	}), names)
-	return api.Report{Time: d.wall(end.Time), IntervalNS: int64(end.Time - begin.Time), Domains: domains}, err
+	})
 }
 
 // sinceStart picks what list shows of a process: all of it.

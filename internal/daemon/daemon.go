@@ -88,6 +88,7 @@ type Daemon struct {
 	snap      *snapshot.Snapshot                // the latest of the open source
 	view      *ledger.View                      // of snap
 	period    [2]*ledger.View                   // at the beginning and the end of the latest full period
+	periods   uint64                            // until then
 	usage     [2]usage                          // the same for our own processor time
 	followers int                               // of logs
 	release   []snapshot.SlotID                 // slots of the source that are retired, once they are saved
@@ -338,6 +339,7 @@ func (d *Daemon) endPeriod() error {
 	// In a pause of the duty nothing is counted: the rates stay those before.
 	if d.wish.level == snapshot.Off || d.wish.always() || d.view.Counted > d.period[1].Counted {
 		d.period = [2]*ledger.View{d.period[1], d.view}
+		d.periods++
 	}
 	for p, total := range d.view.Processes {
 		if _, known := d.config.Identities.Lookup(p, total.Comm); !known && total.Live {

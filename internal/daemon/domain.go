@@ -51,14 +51,20 @@ func inProc(p snapshot.Process) snapshot.Process {
 	return p
 }
 
-// choose returns the domains that the names mean, each once. Without names, it
-// returns all that run.
-func choose(domains []api.Domain, names []string) ([]api.Domain, error) {
+// running tells of the domains that are reported when none is named.
+func running(d *api.Domain) bool { return d.Running() }
+
+// ran does so for an interval that the counts are of, in which one may have ended.
+func ran(d *api.Domain) bool { return d.Running() || d.Count > 0 }
+
+// choose returns the domains that the names mean, each once; without names, all
+// that unnamed picks.
+func choose(domains []api.Domain, names []string, unnamed func(*api.Domain) bool) ([]api.Domain, error) {
 	var chosen []api.Domain
 	if len(names) == 0 {
-		for _, d := range domains {
-			if d.Running() {
-				chosen = append(chosen, d)
+		for i := range domains {
+			if unnamed(&domains[i]) {
+				chosen = append(chosen, domains[i])
 			}
 		}
 		return chosen, nil

@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"virtexit/internal/api"
@@ -149,8 +147,7 @@ func (r *reading) miss(n uint64) {
 
 // wanted tells whether an exit has the reason that was asked for.
 func (l *log) wanted(e *api.LoggedExit) bool {
-	code, err := strconv.ParseUint(l.query.Reason, 0, 32)
-	return l.query.Reason == "" || strings.EqualFold(l.query.Reason, e.Reason) || err == nil && uint32(code) == e.Code
+	return l.query.Reason == "" || exitreason.Is(l.query.Reason, e.Reason, e.Code)
 }
 
 // Log returns the latest exits of a running domain.

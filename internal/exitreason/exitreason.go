@@ -102,6 +102,13 @@ func Known(isa ISA, word string) bool {
 	return err == nil
 }
 
+// Is tells whether a word, as people write it, means the exit of this name and
+// code: the name, in whatever case, or the code.
+func Is(word, name string, code uint32) bool {
+	number, err := strconv.ParseUint(word, 0, 32)
+	return strings.EqualFold(word, name) || err == nil && uint32(number) == code
+}
+
 func lookup(names map[uint32]string, code uint32) string {
 	if name, ok := names[code]; ok {
 		return name

@@ -30,7 +30,7 @@ var arrows = map[string][]string{
 	"internal/abi":               {},
 	"internal/api":               {},
 	"internal/api/client":        {"internal/api"},
-	"internal/api/server":        {"internal/api"},
+	"internal/api/server":        {"internal/api", "internal/exitreason"},
 	"internal/daemon":            {"internal/api", "internal/exitreason", "internal/ledger", "internal/snapshot", "internal/source", "vmmap"},
 	"internal/exitreason":        {},
 	"internal/ledger":            {"internal/exitreason", "internal/snapshot"},

@@ -149,6 +149,80 @@ func (c *Client) Report(ctx context.Context, domains []string, interval time.Dur
 	return a, err
 }
 
+// Watch hands to each what the domains do in one interval after the other: no exit
+// is in two of them, and none between two. Without names it is about all that run,
+// or did. It ends when each fails, with its error, or when the daemon does.
+func (c *Client) Watch(ctx context.Context, domains []string, interval time.Duration, each func(api.Report) error) error {
+	q := url.Values{"domain": domains, "interval": {interval.String()}}
+	type line struct {
+		api.Report
+		Error string `json:"error"`
+	}
+	patience := interval + c.patience
+	return stream(ctx, c, "/v1/watch?"+q.Encode(), maxAnswer, patience, patience, func(l line) error {
+		if l.Error != "" {
+			return &StatusError{http.StatusOK, l.Error}
+		}
+		return each(l.Report)
+	})
+}
+
+// stream hands the lines of an answer, each of at most size bytes, to each, as long
+// as that returns nil. The first may take as long as patience says, each of those
+// after it as long as pause does; 0: for ever.
+func stream[T any](ctx context.Context, c *Client, path string, size int, patience, pause time.Duration, each func(T) error) error {
+	limited, cancel := context.WithCancel(ctx)
+	defer cancel()
+	impatient := time.AfterFunc(patience, cancel)
+	defer impatient.Stop()
+	req, err := http.NewRequestWithContext(limited, http.MethodGet, "http://virtexitd"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return c.explain(ctx, limited, patience, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return c.explain(ctx, limited, patience, decode(resp.StatusCode, resp.Body, nil))
+	}
+	lines := bufio.NewScanner(resp.Body)
+	lines.Buffer(nil, size)
+	first := true
+	for ; lines.Scan(); first = false {
+		if first {
+			var head struct {
+				Schema string `json:"schema"`
+			}
+			if err := json.Unmarshal(lines.Bytes(), &head); err == nil && head.Schema != api.Schema {
+				return schemaError(head.Schema)
+			}
+		}
+		var line T
+		if err := json.Unmarshal(lines.Bytes(), &line); err != nil {
+			if lines.Err() != nil {
+				break // the line has not come to its end
+			}
+			return fmt.Errorf("bad answer of virtexitd: %w", err)
+		}
+		impatient.Stop() // each may take its time
+		if err := each(line); err != nil {
+			return err
+		}
+		if pause > 0 {
+			impatient.Reset(pause)
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return c.explain(ctx, limited, patience, fmt.Errorf("read virtexitd's answer: %w", err))
+	}
+	if first {
+		return errors.New("virtexitd answers with nothing")
+	}
+	return nil
+}
+
 // SetCollection switches collection and tells how the daemon is after that.
 func (c *Client) SetCollection(ctx context.Context, collection api.Collection) (api.Status, error) {
 	body, err := json.Marshal(collection)
@@ -210,50 +284,13 @@ func logPath(domain string, q api.LogQuery, follow bool) string {
 // as api.LogLine tells. It returns nil when the domain has ended, and what a last
 // line says as an error.
 func (c *Client) Follow(ctx context.Context, domain string, q api.LogQuery, each func(api.LogLine) error) error {
-	limited, cancel := context.WithCancel(ctx)
-	defer cancel()
-	impatient := time.AfterFunc(c.patience, cancel)
-	req, err := http.NewRequestWithContext(limited, http.MethodGet, "http://virtexitd"+logPath(domain, q, true), nil)
-	if err != nil {
-		return err
-	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return c.explain(ctx, limited, c.patience, err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return c.explain(ctx, limited, c.patience, decode(resp.StatusCode, resp.Body, nil))
-	}
-	lines := bufio.NewScanner(resp.Body)
-	lines.Buffer(nil, maxLine)
-	first := true
-	for ; lines.Scan(); first = false {
-		var line api.LogLine
-		if err := json.Unmarshal(lines.Bytes(), &line); err != nil {
-			if lines.Err() != nil {
-				break // the line has not come to its end
-			}
-			return fmt.Errorf("bad answer of virtexitd: %w", err)
+	// Nothing may happen for as long as it likes, once it has begun.
+	return stream(ctx, c, logPath(domain, q, true), maxLine, c.patience, 0, func(l api.LogLine) error {
+		if l.Error != "" {
+			return &StatusError{http.StatusOK, l.Error}
 		}
-		if first && line.Schema != api.Schema {
-			return schemaError(line.Schema)
-		}
-		if line.Error != "" {
-			return &StatusError{resp.StatusCode, line.Error}
-		}
-		impatient.Stop()
-		if err := each(line); err != nil {
-			return err
-		}
-	}
-	if err := lines.Err(); err != nil {
-		return c.explain(ctx, limited, c.patience, fmt.Errorf("read virtexitd's answer: %w", err))
-	}
-	if first {
-		return errors.New("virtexitd answers with nothing")
-	}
-	return nil
+		return each(l)
+	})
 }
 
 func (c *Client) do(ctx context.Context, method, path string, body []byte, patience time.Duration, answer any) error {

@@ -22,10 +22,10 @@ import (
 // ErrRunning says that somebody answers on the socket already.
 var ErrRunning = errors.New("virtexitd is already running")
 
-// Listen creates the socket at path, mode 0660, owned by group (name or
-// number; empty: the process's own). The directory is created if missing. It
+// Listen creates the socket at path with mode, owned by group (name or number;
+// empty: the process's own). The directory is created if missing. It
 // returns ErrRunning when somebody answers there; a stale socket is replaced.
-func Listen(path, group string) (net.Listener, error) {
+func Listen(path, group string, mode fs.FileMode) (net.Listener, error) {
 	gid := -1
 	if group != "" {
 		var err error
@@ -43,7 +43,7 @@ func Listen(path, group string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("socket: %w", err)
 	}
-	if err := errors.Join(os.Lchown(path, -1, gid), os.Chmod(path, 0o660)); err != nil {
+	if err := errors.Join(os.Lchown(path, -1, gid), os.Chmod(path, mode)); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("socket: %w", err)
 	}

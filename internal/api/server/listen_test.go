@@ -29,7 +29,7 @@ func TestListen(t *testing.T) {
 	if os.Getuid() == 0 {
 		gid = 65432
 	}
-	l, err := Listen(path, strconv.Itoa(gid))
+	l, err := Listen(path, strconv.Itoa(gid), 0o660)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +46,7 @@ func TestListen(t *testing.T) {
 	if got := info.Sys().(*syscall.Stat_t).Gid; int(got) != gid {
 		t.Errorf("group %d, want %d", got, gid)
 	}
-	if _, err := Listen(path, ""); !errors.Is(err, ErrRunning) {
+	if _, err := Listen(path, "", 0o660); !errors.Is(err, ErrRunning) {
 		t.Errorf("second Listen: %v, want ErrRunning", err)
 	}
 	if err := l.Close(); err != nil {
@@ -80,7 +80,7 @@ func TestListenReplacesStale(t *testing.T) {
 	}
 	stale.(*net.UnixListener).SetUnlinkOnClose(false)
 	stale.Close()
-	l, err := Listen(path, "")
+	l, err := Listen(path, "", 0o660)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +100,7 @@ func TestListenErrors(t *testing.T) {
 		{"path too long", filepath.Join(dir, strings.Repeat("x", 120)), "", "invalid argument"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			l, err := Listen(tt.path, tt.group)
+			l, err := Listen(tt.path, tt.group, 0o660)
 			if err == nil {
 				l.Close()
 				t.Fatal("no error")

@@ -78,6 +78,9 @@ func peerGroups(fd int) ([]uint32, error) {
 
 // mayAdmin tells whether the request's peer may switch collection.
 func (s *Server) mayAdmin(ctx context.Context) error {
+	if s.options.ReadOnly {
+		return errors.New("this socket is read-only")
+	}
 	p, ok := ctx.Value(peerKey{}).(peer)
 	if !ok {
 		return errors.New("switching collection needs a client whose credentials can be read")

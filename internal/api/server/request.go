@@ -8,59 +8,92 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"virtexit/internal/api"
+	"virtexit/internal/exitreason"
 )
 
-// reportQuery is what a report is asked for.
-type reportQuery struct {
+// query is what is asked about domains.
+type query struct {
 	domains  []string
 	interval time.Duration // 0: totals
+	selection
 }
 
-// parseReport reads the parameters of /v1/report. Its errors name the one that
+// selection is what is wanted of each domain.
+type selection struct {
+	reasons []string // none: all
+	vcpus   []int    // none: all
+}
+
+// parseQuery reads the parameters of a path that tells of several domains: those
+// known, of domain, interval, reason, total and vcpu. Its errors name the one that
 // is wrong.
-func parseReport(rawQuery string) (reportQuery, error) {
+func parseQuery(rawQuery string, known ...string) (query, error) {
 	values, err := url.ParseQuery(rawQuery)
 	if err != nil {
-		return reportQuery{}, fmt.Errorf("bad query %q: %w", rawQuery, err)
+		return query{}, fmt.Errorf("bad query %q: %w", rawQuery, err)
 	}
 	for key, v := range values {
-		switch key {
-		case "domain":
-		case "interval", "total":
-			if len(v) > 1 {
-				return reportQuery{}, fmt.Errorf("parameter %q is given %d times", key, len(v))
-			}
-		default:
-			return reportQuery{}, fmt.Errorf("unknown parameter %q: known are domain, interval, total", key)
+		switch {
+		case !slices.Contains(known, key):
+			return query{}, fmt.Errorf("unknown parameter %q: known are %s", key, strings.Join(known, ", "))
+		case len(v) > 1 && (key == "interval" || key == "total"):
+			return query{}, fmt.Errorf("parameter %q is given %d times", key, len(v))
 		}
 	}
-	q := reportQuery{domains: values["domain"], interval: api.DefaultInterval}
+	q := query{domains: values["domain"], interval: api.DefaultInterval}
+	for _, v := range values["reason"] {
+		if !exitreason.Known(exitreason.VMX, v) && !exitreason.Known(exitreason.SVM, v) && v != "other" {
+			return query{}, fmt.Errorf("parameter reason=%q: no exit is called so", v)
+		}
+		q.reasons = append(q.reasons, v)
+	}
+	for _, v := range values["vcpu"] {
+		number, err := strconv.Atoi(v)
+		if err != nil || number < 0 {
+			return query{}, fmt.Errorf("parameter vcpu=%q: not the number of a vCPU", v)
+		}
+		q.vcpus = append(q.vcpus, number)
+	}
 	if values.Has("total") {
 		if values.Has("interval") {
-			return reportQuery{}, errors.New("parameters interval and total exclude each other")
+			return query{}, errors.New("parameters interval and total exclude each other")
 		}
 		switch v := values.Get("total"); v {
 		case "", "1", "true":
 			q.interval = 0
 		default:
-			return reportQuery{}, fmt.Errorf("parameter total=%q: it is given as total, total=1 or total=true, or not at all", v)
+			return query{}, fmt.Errorf("parameter total=%q: it is given as total, total=1 or total=true, or not at all", v)
 		}
 	}
 	if values.Has("interval") {
 		v := values.Get("interval")
 		q.interval, err = time.ParseDuration(v)
 		if err != nil {
-			return reportQuery{}, fmt.Errorf("parameter interval=%q: not a duration such as 1s or 500ms", v)
+			return query{}, fmt.Errorf("parameter interval=%q: not a duration such as 1s or 500ms", v)
 		}
 		if q.interval < api.MinInterval || q.interval > api.MaxInterval {
-			return reportQuery{}, fmt.Errorf("parameter interval=%q: not between %v and %v", v, api.MinInterval, api.MaxInterval)
+			return query{}, fmt.Errorf("parameter interval=%q: not between %v and %v", v, api.MinInterval, api.MaxInterval)
 		}
 	}
 	return q, nil
+}
+
+// of leaves of a domain what is selected. Its sums are still those of all.
+func (s *selection) of(d *api.Domain) {
+	if len(s.reasons) > 0 {
+		d.Exits = slices.DeleteFunc(slices.Clone(d.Exits), func(e api.Exit) bool {
+			return !slices.ContainsFunc(s.reasons, func(reason string) bool { return exitreason.Is(reason, e.Reason, e.Code) })
+		})
+	}
+	if len(s.vcpus) > 0 {
+		d.VCPUs = slices.DeleteFunc(slices.Clone(d.VCPUs), func(v api.VCPU) bool { return !slices.Contains(s.vcpus, v.ID) })
+	}
 }
 
 // parseLog reads the parameters of /v1/domains/{d}/log.

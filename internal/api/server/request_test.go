@@ -4,6 +4,7 @@ package server
 
 import (
 	"net/url"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -13,20 +14,25 @@ import (
 	"virtexit/internal/api"
 )
 
-func TestParseReport(t *testing.T) {
+func TestParseQuery(t *testing.T) {
 	for _, tt := range []struct {
 		name, query string
-		want        reportQuery
+		want        query
 		wantErr     string
 	}{
-		{name: "nothing", want: reportQuery{interval: time.Second}},
-		{name: "domains", query: "domain=a%2Fb+c&domain=%25", want: reportQuery{[]string{"a/b c", "%"}, time.Second}},
-		{name: "interval", query: "interval=500ms", want: reportQuery{interval: time.Second / 2}},
-		{name: "shortest", query: "interval=100ms", want: reportQuery{interval: 100 * time.Millisecond}},
-		{name: "longest", query: "interval=1h", want: reportQuery{interval: time.Hour}},
-		{name: "bare total", query: "total", want: reportQuery{}},
-		{name: "total 1", query: "total=1", want: reportQuery{}},
-		{name: "total true", query: "domain=x&total=true", want: reportQuery{domains: []string{"x"}}},
+		{name: "nothing", want: query{interval: time.Second}},
+		{name: "domains", query: "domain=a%2Fb+c&domain=%25", want: query{domains: []string{"a/b c", "%"}, interval: time.Second}},
+		{name: "interval", query: "interval=500ms", want: query{interval: time.Second / 2}},
+		{name: "shortest", query: "interval=100ms", want: query{interval: 100 * time.Millisecond}},
+		{name: "longest", query: "interval=1h", want: query{interval: time.Hour}},
+		{name: "bare total", query: "total", want: query{}},
+		{name: "total 1", query: "total=1", want: query{}},
+		{name: "total true", query: "domain=x&total=true", want: query{domains: []string{"x"}}},
+		{name: "selected", query: "reason=CPUID&reason=0x7b&vcpu=1&vcpu=0", want: query{interval: time.Second, selection: selection{[]string{"CPUID", "0x7b"}, []int{1, 0}}}},
+		{name: "what is in no row of its own", query: "reason=other", want: query{interval: time.Second, selection: selection{reasons: []string{"other"}}}},
+		{name: "no such reason", query: "reason=cpud", wantErr: `parameter reason="cpud": no exit is called so`},
+		{name: "empty reason", query: "reason=", wantErr: `parameter reason="": no exit is called so`},
+		{name: "no vCPU", query: "vcpu=-1", wantErr: `parameter vcpu="-1": not the number of a vCPU`},
 		{name: "too short", query: "interval=99ms", wantErr: `parameter interval="99ms": not between 100ms and 1h0m0s`},
 		{name: "too long", query: "interval=61m", wantErr: `parameter interval="61m": not between 100ms and 1h0m0s`},
 		{name: "negative", query: "interval=-1s", wantErr: `parameter interval="-1s": not between 100ms and 1h0m0s`},
@@ -35,16 +41,16 @@ func TestParseReport(t *testing.T) {
 		{name: "both", query: "interval=1s&total", wantErr: "parameters interval and total exclude each other"},
 		{name: "total false", query: "total=false", wantErr: `parameter total="false": it is given as total, total=1 or total=true, or not at all`},
 		{name: "twice", query: "interval=1s&interval=2s", wantErr: `parameter "interval" is given 2 times`},
-		{name: "unknown", query: "domian=x", wantErr: `unknown parameter "domian": known are domain, interval, total`},
+		{name: "unknown", query: "domian=x", wantErr: `unknown parameter "domian": known are domain, interval, reason, total, vcpu`},
 		{name: "bad escape", query: "domain=%zz", wantErr: `bad query "domain=%zz": invalid URL escape "%zz"`},
 		{name: "semicolon", query: "total;x", wantErr: `bad query "total;x": invalid semicolon separator in query`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := parseReport(tt.query)
+			got, err := parseQuery(tt.query, "domain", "interval", "reason", "total", "vcpu")
 			if text(err) != tt.wantErr {
 				t.Fatalf("error %q, want %q", text(err), tt.wantErr)
 			}
-			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(reportQuery{})); diff != "" {
+			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(query{}, selection{})); diff != "" {
 				t.Errorf("(-want +got)\n%s", diff)
 			}
 		})
@@ -160,14 +166,14 @@ func TestParseLog(t *testing.T) {
 	}
 }
 
-func FuzzParseReport(f *testing.F) {
-	for _, s := range []string{"", "domain=a&domain=b%2F", "interval=1s", "total", "total=1&interval=2s", "x=%zz", "a;b"} {
+func FuzzParseQuery(f *testing.F) {
+	for _, s := range []string{"", "domain=a&domain=b%2F", "interval=1s", "total", "total=1&interval=2s", "x=%zz", "a;b", "reason=cpuid&vcpu=1"} {
 		f.Add(s)
 	}
-	f.Fuzz(func(t *testing.T, query string) {
-		q, err := parseReport(query)
+	f.Fuzz(func(t *testing.T, text string) {
+		q, err := parseQuery(text, "domain", "interval", "reason", "total", "vcpu")
 		if err != nil {
-			if diff := cmp.Diff(reportQuery{}, q, cmp.AllowUnexported(reportQuery{})); diff != "" {
+			if diff := cmp.Diff(query{}, q, cmp.AllowUnexported(query{}, selection{})); diff != "" {
 				t.Errorf("error %v and a result\n%s", err, diff)
 			}
 			return
@@ -176,17 +182,20 @@ func FuzzParseReport(f *testing.F) {
 			t.Errorf("interval %v", q.interval)
 		}
 		// What was understood, written again, means the same.
-		again := url.Values{"domain": q.domains}
+		again := url.Values{"domain": q.domains, "reason": q.reasons}
+		for _, v := range q.vcpus {
+			again.Add("vcpu", strconv.Itoa(v))
+		}
 		if q.interval == 0 {
 			again.Set("total", "1")
 		} else {
 			again.Set("interval", q.interval.String())
 		}
-		q2, err := parseReport(again.Encode())
+		q2, err := parseQuery(again.Encode(), "domain", "interval", "reason", "total", "vcpu")
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(q, q2, cmp.AllowUnexported(reportQuery{})); diff != "" {
+		if diff := cmp.Diff(q, q2, cmp.AllowUnexported(query{}, selection{})); diff != "" {
 			t.Errorf("(-first +again)\n%s", diff)
 		}
 	})

@@ -10,6 +10,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,6 +37,9 @@ type Backend interface {
 	// Unknown and ambiguous names give *api.NotFoundError and
 	// *api.AmbiguousError. It returns early when ctx ends.
 	Report(ctx context.Context, domains []string, interval time.Duration) (api.Report, error)
+	// Watch hands over such a report for one interval after the other, until
+	// ctx ends or each fails. It hands over none when it fails at once.
+	Watch(ctx context.Context, domains []string, interval time.Duration, each func(api.Report) error) error
 	// SetCollection switches collection; its argument is valid. An empty
 	// Level and an empty Duty mean the configured ones.
 	SetCollection(api.Collection) (api.Status, error)
@@ -55,7 +59,8 @@ type Backend interface {
 // Options configure a Server. The zero value is usable.
 type Options struct {
 	AdminGroup string // name or number; its members, beside root, may switch collection
-	MaxClients int    // requests served at once; 0: 64
+	ReadOnly   bool   // nobody may
+	MaxClients int    // requests served at once, half of them streams; 0: 64
 }
 
 // Limits of what a client may take from the daemon.
@@ -70,6 +75,7 @@ type Server struct {
 	backend Backend
 	options Options
 	busy    chan struct{} // one element for each request under way
+	streams chan struct{} // one for each that streams
 
 	readTimeout  time.Duration // for a request to arrive
 	writeTimeout time.Duration // for its answer to be read
@@ -84,6 +90,7 @@ func New(backend Backend, options Options) *Server {
 		backend:      backend,
 		options:      options,
 		busy:         make(chan struct{}, options.MaxClients),
+		streams:      make(chan struct{}, max(1, options.MaxClients/2)),
 		readTimeout:  5 * time.Second,
 		writeTimeout: 10 * time.Second,
 	}
@@ -147,11 +154,24 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		enc.Encode(e) // into memory, of strings: cannot fail
 	}
 	head(w, "application/json")
+	if status == http.StatusOK && r.Method != http.MethodPut {
+		// The same state makes the same bytes.
+		sum := sha256.Sum256(body.Bytes())
+		tag := fmt.Sprintf(`"%x"`, sum[:12])
+		w.Header().Set("ETag", tag)
+		w.Header().Set("Cache-Control", "no-cache") // ask again
+		if sent := r.Header.Get("If-None-Match"); sent == "*" || slices.Contains(strings.FieldsFunc(sent, isListSpace), tag) {
+			status = http.StatusNotModified
+			body.Reset()
+		}
+	}
 	// A client that does not read its answer must not hold us.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.writeTimeout))
 	w.WriteHeader(status)
 	w.Write(body.Bytes()) // the client may be gone: nobody to tell
 }
+
+func isListSpace(r rune) bool { return r == ',' || r == ' ' || r == '\t' }
 
 func head(w http.ResponseWriter, contentType string) {
 	w.Header().Set("Content-Type", contentType)
@@ -219,6 +239,8 @@ func split(u *url.URL) (domain, resource string) {
 func methods(u *url.URL) []string {
 	read := []string{http.MethodGet, http.MethodHead}
 	switch u.Path {
+	case "/v1/watch":
+		return []string{http.MethodGet}
 	case "/v1/status", "/v1/domains", "/v1/report":
 		return read
 	case "/v1/collection":
@@ -253,6 +275,10 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	switch {
 	case r.URL.Path == "/v1/report":
 		return s.report(w, r)
+	case r.URL.Path == "/v1/watch":
+		return s.watch(w, r)
+	case r.URL.Path == "/v1/domains":
+		return s.domains(r)
 	case resource == "/log":
 		return s.log(w, r, domain)
 	}
@@ -262,8 +288,6 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	switch r.URL.Path {
 	case "/v1/status":
 		return withSchema(s.backend.Status()), nil
-	case "/v1/domains":
-		return api.Domains{Schema: api.Schema, Domains: tidy(s.backend.Domains().Domains, true)}, nil
 	case "/v1/collection":
 		return s.collection(w, r)
 	}
@@ -274,11 +298,33 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return api.OneDomain{Schema: api.Schema, Domain: tidy([]api.Domain{*d}, false)[0]}, nil
+	return api.OneDomain{Schema: api.Schema, Domain: tidy([]api.Domain{*d}, selection{}, false)[0]}, nil
+}
+
+func (s *Server) domains(r *http.Request) (any, error) {
+	q, err := parseQuery(r.URL.RawQuery, "domain", "reason", "vcpu")
+	if err != nil {
+		return nil, fail(http.StatusBadRequest, "%w", err)
+	}
+	all := s.backend.Domains()
+	wanted := all.Domains
+	if len(q.domains) > 0 {
+		wanted = nil
+		for _, name := range q.domains {
+			d, err := api.Find(all.Domains, name)
+			if err != nil {
+				return nil, err
+			}
+			wanted = append(wanted, *d)
+		}
+	}
+	all.Schema = api.Schema
+	all.Domains = tidy(wanted, q.selection, len(q.domains) == 0)
+	return all, nil
 }
 
 func (s *Server) report(w http.ResponseWriter, r *http.Request) (any, error) {
-	q, err := parseReport(r.URL.RawQuery)
+	q, err := parseQuery(r.URL.RawQuery, "domain", "interval", "reason", "total", "vcpu")
 	if err != nil {
 		return nil, fail(http.StatusBadRequest, "%w", err)
 	}
@@ -292,8 +338,71 @@ func (s *Server) report(w http.ResponseWriter, r *http.Request) (any, error) {
 		return nil, err
 	}
 	report.Schema = api.Schema
-	report.Domains = tidy(report.Domains, len(q.domains) == 0)
+	report.Domains = tidy(report.Domains, q.selection, len(q.domains) == 0)
 	return report, nil
+}
+
+func (s *Server) watch(w http.ResponseWriter, r *http.Request) (any, error) {
+	q, err := parseQuery(r.URL.RawQuery, "domain", "interval", "reason", "vcpu")
+	if err != nil {
+		return nil, fail(http.StatusBadRequest, "%w", err)
+	}
+	return nil, s.stream(w, func(write func(...any) error) error {
+		return s.backend.Watch(r.Context(), q.domains, q.interval, func(report api.Report) error {
+			report.Schema = api.Schema
+			report.Domains = tidy(report.Domains, q.selection, len(q.domains) == 0)
+			return write(report)
+		})
+	})
+}
+
+// stream answers with what send writes, a line for each value. An error goes into
+// the answer as it does elsewhere, or, once that has begun, into the last line.
+func (s *Server) stream(w http.ResponseWriter, send func(write func(lines ...any) error) error) error {
+	select {
+	case s.streams <- struct{}{}:
+		defer func() { <-s.streams }()
+	default:
+		return fail(http.StatusServiceUnavailable, "too many clients: %d streams are under way", cap(s.streams))
+	}
+	out := http.NewResponseController(w)
+	// As for a report. That the client has gone still ends the context.
+	if err := out.SetReadDeadline(time.Time{}); err != nil {
+		return err
+	}
+	begun := false
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	write := func(lines ...any) error {
+		if !begun {
+			begun = true
+			head(w, "application/x-ndjson")
+		}
+		// A client that is this slow for some lines is not waited for.
+		for some := range slices.Chunk(lines, 256) {
+			if err := out.SetWriteDeadline(time.Now().Add(s.writeTimeout)); err != nil {
+				return err
+			}
+			for _, line := range some {
+				if err := enc.Encode(line); err != nil {
+					return err
+				}
+			}
+			if err := out.Flush(); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	err := send(write)
+	if !begun {
+		return err
+	}
+	if err != nil {
+		_, e := explain(err)
+		write(e) // the client may be why
+	}
+	return nil
 }
 
 // admin decodes the body of a request by who may change things.
@@ -351,45 +460,20 @@ func (s *Server) log(w http.ResponseWriter, r *http.Request, domain string) (any
 	if r.Method == http.MethodHead {
 		return nil, fail(http.StatusBadRequest, "method HEAD cannot follow")
 	}
-	out := http.NewResponseController(w)
-	// As for a report. That the client has gone still ends the context.
-	if err := out.SetReadDeadline(time.Time{}); err != nil {
-		return nil, err
-	}
-	begun := false
-	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false)
-	write := func(lines []api.LogLine) error {
-		if !begun {
-			begun = true
-			head(w, "application/x-ndjson")
-			lines[0].Schema = api.Schema
-		}
-		// A client that is this slow for some lines is not waited for.
-		for some := range slices.Chunk(lines, 256) {
-			if err := out.SetWriteDeadline(time.Now().Add(s.writeTimeout)); err != nil {
-				return err
+	first := true
+	return nil, s.stream(w, func(write func(...any) error) error {
+		return s.backend.Follow(r.Context(), domain, q, func(lines []api.LogLine) error {
+			if first {
+				first = false
+				lines[0].Schema = api.Schema
 			}
-			for i := range some {
-				if err := enc.Encode(&some[i]); err != nil {
-					return err
-				}
+			all := make([]any, len(lines))
+			for i := range lines {
+				all[i] = &lines[i]
 			}
-			if err := out.Flush(); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	err = s.backend.Follow(r.Context(), domain, q, write)
-	if !begun {
-		return nil, err
-	}
-	if err != nil {
-		_, e := explain(err)
-		write([]api.LogLine{{Error: e.Message}}) // the client may be why
-	}
-	return nil, nil
+			return write(all...)
+		})
+	})
 }
 
 func (s *Server) collection(w http.ResponseWriter, r *http.Request) (any, error) {
@@ -409,12 +493,13 @@ func withSchema(s api.Status) api.Status {
 	return s
 }
 
-// tidy copies the domains, puts them in order if sort is set, and makes lists
-// that are empty lists in JSON too.
-func tidy(domains []api.Domain, sort bool) []api.Domain {
+// tidy copies the domains with what is selected of them, puts them in order if sort
+// is set, and makes lists that are empty lists in JSON too.
+func tidy(domains []api.Domain, only selection, sort bool) []api.Domain {
 	domains = append([]api.Domain{}, domains...)
 	for i := range domains {
 		d := &domains[i]
+		only.of(d)
 		if d.VCPUs == nil {
 			d.VCPUs = []api.VCPU{}
 		}

@@ -119,6 +119,20 @@ func (b *fakeBackend) Report(ctx context.Context, domains []string, interval tim
 	return r, nil
 }
 
+func (b *fakeBackend) Watch(ctx context.Context, domains []string, interval time.Duration, each func(api.Report) error) error {
+	for seq := uint64(1); seq <= 3; seq++ {
+		r, err := b.Report(ctx, domains, interval)
+		if err != nil {
+			return err
+		}
+		r.Seq = seq
+		if err := each(r); err != nil {
+			return err
+		}
+	}
+	return b.setErr
+}
+
 func (b *fakeBackend) SetCollection(c api.Collection) (api.Status, error) {
 	b.set.Store(&c)
 	return b.status, b.setErr
@@ -150,7 +164,7 @@ func newBackend() *fakeBackend {
 func start(t *testing.T, s *Server) (path string, stop func() error) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "sock")
-	l, err := Listen(path, "")
+	l, err := Listen(path, "", 0o660)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -266,6 +280,75 @@ func TestRoundTrip(t *testing.T) {
 		r, err = c.Report(ctx, []string{"ten", "two"}, 0)
 		if err != nil || !r.Total || r.IntervalNS != 0 || len(r.Domains) != 2 || r.Domains[0].Name != "ten" {
 			t.Errorf("total, in the order asked: %v, %+v", err, r)
+		}
+	})
+	t.Run("some of the domains, and of what is in them", func(t *testing.T) {
+		b := newBackend()
+		d := &b.domains[2]
+		d.Exits = []api.Exit{{ISA: "svm", Code: 0x72, Reason: "cpuid"}, {ISA: "svm", Code: 0x7b, Reason: "io"}, {ISA: "svm", Code: 0x78, Reason: "hlt"}}
+		d.VCPUs = []api.VCPU{{ID: 0}, {ID: 1}, {ID: 2}}
+		path, _ := start(t, New(b, Options{}))
+		for query, want := range map[string]string{
+			"domain=ten&reason=CPUID&reason=0x7b":     "ten cpuid io 0 1 2",
+			"domain=ten&vcpu=2&vcpu=0":                "ten cpuid io hlt 0 2",
+			"domain=ten&domain=two&reason=msr&vcpu=1": "ten 1 two",
+			"domain=two&domain=10&vcpu=7&reason=hlt":  "two hlt ten hlt",
+		} {
+			for _, target := range []string{"/v1/domains?", "/v1/report?total&", "/v1/watch?interval=100ms&"} {
+				resp := raw(t, path, "GET "+target+query+" HTTP/1.1\r\nHost: x\r\n\r\n")
+				var body struct {
+					Domains []api.Domain `json:"domains"`
+				}
+				if err := json.NewDecoder(resp.Body).Decode(&body); err != nil {
+					t.Fatal(err)
+				}
+				var got []string
+				for _, d := range body.Domains {
+					got = append(got, d.Name)
+					for _, e := range d.Exits {
+						got = append(got, e.Reason)
+					}
+					for _, v := range d.VCPUs {
+						got = append(got, fmt.Sprint(v.ID))
+					}
+				}
+				if strings.Join(got, " ") != want {
+					t.Errorf("%s: %v, want %s", target+query, got, want)
+				}
+			}
+		}
+		if len(d.Exits) != 3 || len(d.VCPUs) != 3 {
+			t.Error("the server changed the backend's domain")
+		}
+	})
+	t.Run("watch", func(t *testing.T) {
+		var got []uint64
+		collect := func(r api.Report) error {
+			if r.Schema != api.Schema || len(r.Domains) != 1 || r.Domains[0].Name != "ten" || r.IntervalNS != 1e8 {
+				t.Errorf("%+v", r)
+			}
+			got = append(got, r.Seq)
+			return nil
+		}
+		if err := c.Watch(ctx, []string{"ten"}, 100*time.Millisecond, collect); err != nil {
+			t.Error(err)
+		}
+		if diff := cmp.Diff([]uint64{1, 2, 3}, got); diff != "" {
+			t.Errorf("(-want +got)\n%s", diff)
+		}
+		enough := errors.New("enough")
+		if err := c.Watch(ctx, []string{"ten"}, 100*time.Millisecond, func(api.Report) error { return enough }); err != enough {
+			t.Errorf("error %v", err)
+		}
+		var notFound *api.NotFoundError
+		if err := c.Watch(ctx, []string{"none"}, 100*time.Millisecond, collect); !errors.As(err, &notFound) || notFound.Domain != "none" {
+			t.Errorf("error %v", err)
+		}
+		b.setErr = errors.New("the collector is gone")
+		defer func() { b.setErr = nil }()
+		got = nil
+		if err := c.Watch(ctx, []string{"ten"}, 100*time.Millisecond, collect); err == nil || err.Error() != "the collector is gone" || len(got) != 3 {
+			t.Errorf("error %v after %v", err, got)
 		}
 	})
 	t.Run("a thousand domains", func(t *testing.T) {
@@ -587,7 +670,7 @@ func TestSlowClients(t *testing.T) {
 			io.WriteString(c, tt.request)
 			time.Sleep(400 * time.Millisecond)
 			// By now the server has hung up: what it sent comes to an end.
-			c.SetReadDeadline(time.Now().Add(2 * time.Second))
+			c.SetReadDeadline(time.Now().Add(20 * time.Second))
 			if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Error("the server still waits")
 			}
@@ -601,6 +684,99 @@ func TestSlowClients(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// A poller that names what it has seen gets nothing twice.
+func TestETag(t *testing.T) {
+	b := newBackend()
+	path, _ := start(t, New(b, Options{}))
+	get := func(method, tags string) (status int, tag, body string) {
+		t.Helper()
+		resp := raw(t, path, method+" /v1/domains HTTP/1.1\r\nHost: x\r\nIf-None-Match: "+tags+"\r\n\r\n")
+		bytes, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, resp.Header.Get("ETag"), string(bytes)
+	}
+	_, tag, _ := get("GET", `"x"`)
+	for _, step := range []struct {
+		name, method, tags string
+		change             func()
+		status             int
+		same               bool
+	}{
+		{name: "unknown tag", method: "GET", tags: `"x"`, status: 200, same: true},
+		{name: "seen", method: "GET", tags: tag, status: 304, same: true},
+		{name: "one of several", method: "GET", tags: `"x", ` + tag, status: 304, same: true},
+		{name: "any", method: "GET", tags: "*", status: 304, same: true},
+		{name: "head", method: "HEAD", tags: tag, status: 304, same: true},
+		{name: "another count", method: "GET", tags: tag, status: 200, change: func() { b.domains[0].Count++ }},
+	} {
+		t.Run(step.name, func(t *testing.T) {
+			if step.change != nil {
+				step.change()
+			}
+			status, got, body := get(step.method, step.tags)
+			if status != step.status || (got == tag) != step.same || got == "" {
+				t.Errorf("status %d, tag %s after %s", status, got, tag)
+			}
+			if (body == "") != (status == 304) {
+				t.Errorf("status %d with %d bytes", status, len(body))
+			}
+		})
+	}
+	for _, request := range []string{"GET /v1/domains/none HTTP/1.1\r\n", "PUT /v1/collection HTTP/1.1\r\nContent-Length: 20\r\n"} {
+		resp := raw(t, path, request+"Host: x\r\n\r\n{\"collection\":\"off\"}")
+		if tag := resp.Header.Get("ETag"); tag != "" {
+			t.Errorf("%q: tag %s", request, tag)
+		}
+	}
+}
+
+// Nobody changes anything over a socket that is read-only, root included.
+func TestReadOnly(t *testing.T) {
+	b := newBackend()
+	path, _ := start(t, New(b, Options{ReadOnly: true}))
+	c := client.New(path)
+	_, err := c.SetCollection(t.Context(), api.Collection{Collection: "off"})
+	_, err2 := c.SetDomainLevel(t.Context(), "ten", ptr("off"))
+	for _, err := range []error{err, err2} {
+		var refused *client.StatusError
+		if !errors.As(err, &refused) || refused.Status != 403 || refused.Message != "this socket is read-only" {
+			t.Errorf("error %v", err)
+		}
+	}
+	if b.set.Load() != nil || b.level.Load() != nil {
+		t.Error("changed")
+	}
+	if _, err := c.Status(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Streams leave room for others.
+func TestTooManyStreams(t *testing.T) {
+	b := newBackend()
+	b.lines = make(chan []api.LogLine)
+	path, _ := start(t, New(b, Options{MaxClients: 4}))
+	for range 2 {
+		resp, err := http.ReadResponse(bufio.NewReader(following(t, path)), nil)
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatalf("%v, %v", resp, err)
+		}
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(following(t, path)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var e api.Error
+	if err := json.NewDecoder(resp.Body).Decode(&e); err != nil || resp.StatusCode != 503 || e.Message != "too many clients: 2 streams are under way" {
+		t.Errorf("status %d, %+v, %v", resp.StatusCode, e, err)
+	}
+	if _, err := client.New(path).Status(t.Context()); err != nil {
+		t.Error(err)
+	}
 }
 
 // following opens a log and returns its body once it has begun.

@@ -206,7 +206,7 @@ func (h *hosted) json(tb testing.TB) []byte {
 // dial returns a client of the daemon, on a socket.
 func (h *hosted) dial(tb testing.TB) *client.Client {
 	path := filepath.Join(tb.TempDir(), "socket")
-	l, err := server.Listen(path, "")
+	l, err := server.Listen(path, "", 0o660)
 	if err != nil {
 		tb.Fatal(err)
 	}
