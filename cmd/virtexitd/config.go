@@ -37,12 +37,19 @@ type config struct {
 	retention     ledger.Retention
 	stateDir      string // empty: no state is kept
 	stateInterval time.Duration
-	socket        string
-	group         string // empty: root alone reads
-	adminGroup    string // empty: root alone switches
+	socket        listening
+	readOnly      listening // path empty: none
+	adminGroup    string    // empty: root alone switches
 	libvirtURI    string
 	replay        string // a recording to read instead of the kernel module
 	logLevel      slog.Level
+}
+
+// listening is a unix socket.
+type listening struct {
+	path  string
+	group string // empty: root alone opens it
+	mode  fs.FileMode
 }
 
 // defaults holds every key with its value as one writes it.
@@ -57,10 +64,15 @@ var defaults = map[string]string{
 	"state_interval":  "30s",
 	"collector":       "auto",
 	"socket":          api.DefaultSocket,
+	"socket_mode":     "0660",
 	"group":           "libvirt",
 	"admin_group":     "",
-	"libvirt_uri":     "qemu:///system",
-	"log_level":       "info",
+
+	"read_only_socket": "",
+	"read_only_mode":   "0660",
+	"read_only_group":  "libvirt",
+	"libvirt_uri":      "qemu:///system",
+	"log_level":        "info",
 }
 
 // flagKeys holds the keys that have a flag.
@@ -185,13 +197,21 @@ func (c *config) set(key, value string) (allowed string) {
 			return "auto, kmod and replay:FILE are allowed"
 		}
 	case "socket":
-		c.socket = value
-		// The kernel's sockaddr_un has room for 107 bytes and a NUL.
-		if !filepath.IsAbs(value) || len(value) > 107 || strings.ContainsRune(value, 0) {
+		if c.socket.path = value; !isSocketPath(value) {
 			return "an absolute path of at most 107 bytes is allowed"
 		}
+	case "read_only_socket":
+		if c.readOnly.path = value; value != "" && !isSocketPath(value) {
+			return "an absolute path of at most 107 bytes is allowed, or nothing"
+		}
+	case "socket_mode":
+		return c.socket.setMode(value)
+	case "read_only_mode":
+		return c.readOnly.setMode(value)
 	case "group":
-		c.group = value
+		c.socket.group = value
+	case "read_only_group":
+		c.readOnly.group = value
 	case "admin_group":
 		c.adminGroup = value
 	case "libvirt_uri":
@@ -200,6 +220,22 @@ func (c *config) set(key, value string) (allowed string) {
 		if c.logLevel, err = parseLogLevel(value); err != nil {
 			return "debug, info, warn and error are allowed"
 		}
+	}
+	return ""
+}
+
+// isSocketPath tells whether the kernel's sockaddr_un, which has room for 107 bytes
+// and a NUL, can hold it.
+func isSocketPath(s string) bool {
+	return filepath.IsAbs(s) && len(s) <= 107 && !strings.ContainsRune(s, 0)
+}
+
+// setMode sets the mode. When it is not valid it says what is.
+func (l *listening) setMode(value string) (allowed string) {
+	mode, err := strconv.ParseUint(value, 8, 32)
+	l.mode = fs.FileMode(mode)
+	if err != nil || mode&^0o660 != 0 || mode&0o600 != 0o600 {
+		return `0600 and 0660 are allowed, in quotes`
 	}
 	return ""
 }

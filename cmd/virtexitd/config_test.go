@@ -29,8 +29,8 @@ var builtIn = config{
 	retention:     ledger.Retention{Age: time.Hour, Count: 1000},
 	stateDir:      "/var/lib/virtexit",
 	stateInterval: 30 * time.Second,
-	socket:        "/run/virtexit/virtexit.sock",
-	group:         "libvirt",
+	socket:        listening{"/run/virtexit/virtexit.sock", "libvirt", 0o660},
+	readOnly:      listening{"", "libvirt", 0o660},
 	libvirtURI:    "qemu:///system",
 	logLevel:      slog.LevelInfo,
 }
@@ -73,17 +73,17 @@ func TestLoad(t *testing.T) {
 		{name: "off", file: "collection: off", want: with(func(c *config) { c.on = false })},
 		{name: "file", file: "level: count\ninterval: 250ms\nretention: 5m\nretention_count: 3\nadmin_group: wheel\ngroup: \"\"\ncollector: replay:/tmp/x:y\n",
 			want: with(func(c *config) {
-				c.level, c.interval, c.group, c.adminGroup, c.replay = snapshot.Count, 250*time.Millisecond, "", "wheel", "/tmp/x:y"
+				c.level, c.interval, c.socket.group, c.adminGroup, c.replay = snapshot.Count, 250*time.Millisecond, "", "wheel", "/tmp/x:y"
 				c.retention = ledger.Retention{Age: 5 * time.Minute, Count: 3}
 			})},
 		{name: "no state", file: `state_dir: ""`, want: with(func(c *config) { c.stateDir = "" })},
 		{name: "state elsewhere", file: "state_dir: /x\nstate_interval: 1h", want: with(func(c *config) { c.stateDir, c.stateInterval = "/x", time.Hour })},
 		{name: "level recent, at times", file: "level: recent\nduty: 1s/10s", want: with(func(c *config) { c.level, c.duty = snapshot.Recent, api.Duty{OnNS: 1e9, EveryNS: 1e10} })},
-		{name: "group given by number", file: "group: 0", want: with(func(c *config) { c.group = "0" })},
+		{name: "group given by number", file: "group: 0", want: with(func(c *config) { c.socket.group = "0" })},
 		{name: "environment before file", file: "interval: 5s\nlevel: count", env: map[string]string{"VIRTEXIT_INTERVAL": "7s", "VIRTEXIT_RETENTION_COUNT": "9"},
 			want: with(func(c *config) { c.interval, c.level, c.retention.Count = 7*time.Second, snapshot.Count, 9 })},
 		{name: "flag before environment", file: "socket: /1\nlog_level: warn", env: map[string]string{"VIRTEXIT_SOCKET": "/2", "VIRTEXIT_LOG_LEVEL": "debug"}, args: []string{"--socket=/3"},
-			want: with(func(c *config) { c.socket, c.logLevel = "/3", slog.LevelDebug })},
+			want: with(func(c *config) { c.socket.path, c.logLevel = "/3", slog.LevelDebug })},
 		{name: "empty libvirt_uri", file: `libvirt_uri: ""`, want: builtIn},
 
 		{name: "unknown key", file: "levels: count", err: `unknown key "levels"`},
@@ -116,6 +116,14 @@ func TestLoad(t *testing.T) {
 		{name: "collector", file: "collector: ebpf", err: `collector: "ebpf" is not valid: auto, kmod and replay:FILE are allowed`},
 		{name: "replay of nothing", file: "collector: 'replay:'", err: `collector: "replay:" is not valid`},
 		{name: "relative socket", file: "socket: x.sock", err: `socket: "x.sock" is not valid`},
+		{name: "read-only socket", file: "read_only_socket: /ro\nread_only_group: monitor\nread_only_mode: \"600\"\nsocket_mode: \"0600\"",
+			want: with(func(c *config) {
+				c.readOnly, c.socket.mode = listening{"/ro", "monitor", 0o600}, 0o600
+			})},
+		{name: "relative read-only socket", file: "read_only_socket: x.sock", err: `read_only_socket: "x.sock" is not valid: an absolute path of at most 107 bytes is allowed, or nothing`},
+		{name: "a socket for all", file: "socket_mode: \"0666\"", err: `socket_mode: "0666" is not valid: 0600 and 0660 are allowed, in quotes`},
+		{name: "a mode that YAML takes for octal", file: "read_only_mode: 0660", err: `read_only_mode: "432" is not valid: 0600 and 0660 are allowed, in quotes`},
+		{name: "no mode", file: "socket_mode: rw", err: `socket_mode: "rw" is not valid`},
 		{name: "long socket", file: "socket: /" + strings.Repeat("x", 107), err: "at most 107 bytes"},
 		{name: "log_level", file: "log_level: loud", err: `log_level: "loud" is not valid: debug, info, warn and error are allowed`},
 		{name: "environment", env: map[string]string{"VIRTEXIT_LEVEL": "x"}, err: `level: "x" is not valid`},
@@ -135,7 +143,7 @@ func TestLoad(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(tc.want, got, cmp.AllowUnexported(config{})); diff != "" {
+			if diff := cmp.Diff(tc.want, got, cmp.AllowUnexported(config{}, listening{})); diff != "" {
 				t.Errorf("config (-want +got)\n%s", diff)
 			}
 		})
@@ -186,7 +194,7 @@ func FuzzLoad(f *testing.F) {
 			return
 		}
 		if c.level < snapshot.Count || c.level > snapshot.Recent || c.duty.Check() != nil || c.interval < 100*time.Millisecond || c.interval > time.Hour ||
-			c.retention.Age < 0 || c.retention.Count < 0 || c.stateInterval < 5*time.Second || c.stateDir != "" && !filepath.IsAbs(c.stateDir) || !filepath.IsAbs(c.socket) || c.libvirtURI == "" {
+			c.retention.Age < 0 || c.retention.Count < 0 || c.stateInterval < 5*time.Second || c.stateDir != "" && !filepath.IsAbs(c.stateDir) || !filepath.IsAbs(c.socket.path) || c.socket.mode&^0o660 != 0 || c.readOnly.mode&^0o660 != 0 || c.libvirtURI == "" {
 			t.Errorf("accepted %+v", c)
 		}
 	})

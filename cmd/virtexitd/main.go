@@ -78,9 +78,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 // serve collects and answers until ctx ends.
 func serve(ctx context.Context, c config, log *slog.Logger) error {
-	socket, err := listen(c, log)
+	socket, err := c.socket.listen(log)
 	if err != nil {
 		return err
+	}
+	servers := map[net.Listener]server.Options{socket: {AdminGroup: c.adminGroup}}
+	if c.readOnly.path != "" {
+		readOnly, err := c.readOnly.listen(log)
+		if err != nil {
+			return errors.Join(err, socket.Close())
+		}
+		servers[readOnly] = server.Options{ReadOnly: true}
 	}
 	libvirt := vmmap.NewLibvirt(c.libvirtURI)
 	d := daemon.New(daemon.Config{
@@ -112,14 +120,14 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 		d.Run(ctx)
 		return nil
 	})
-	g.Go(func() error {
-		return server.New(d, server.Options{AdminGroup: c.adminGroup}).Serve(ctx, socket)
-	})
+	for socket, options := range servers {
+		g.Go(func() error { return server.New(d, options).Serve(ctx, socket) })
+	}
 	g.Go(func() error {
 		watchdog(ctx, d, notify)
 		return nil
 	})
-	log.Info("listening", "socket", c.socket, "version", version)
+	log.Info("listening", "socket", c.socket.path, "version", version)
 	notify(systemd.SdNotifyReady)
 	<-ctx.Done()
 	notify(systemd.SdNotifyStopping)
@@ -128,12 +136,12 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 
 // listen creates the socket. On a host without the group that is to read, root
 // alone does.
-func listen(c config, log *slog.Logger) (net.Listener, error) {
-	socket, err := server.Listen(c.socket, c.group)
+func (l *listening) listen(log *slog.Logger) (net.Listener, error) {
+	socket, err := server.Listen(l.path, l.group, l.mode)
 	var unknown user.UnknownGroupError
 	if errors.As(err, &unknown) {
-		log.Warn("no such group: root alone can read", "group", c.group)
-		return server.Listen(c.socket, "")
+		log.Warn("no such group: root alone can read", "group", l.group, "socket", l.path)
+		return server.Listen(l.path, "", l.mode)
 	}
 	return socket, err
 }
