@@ -504,6 +504,116 @@ func TestReportNames(t *testing.T) {
 	})
 }
 
+// Each exit is in one interval, whoever took it, however slow the reader is, and
+// whoever else asks.
+func TestWatch(t *testing.T) {
+	run(t, nil, func(t *testing.T, h *host, d *Daemon) {
+		h.start(1, "web")
+		h.start(2, "db")
+		pass(10 * time.Second)
+		h.exits(1, 0, 0x72, 1000) // before
+		watch := func(read time.Duration, intervals int, names ...string) []api.Report {
+			var got []api.Report
+			enough := errors.New("enough")
+			err := d.Watch(t.Context(), names, 2*time.Second, func(r api.Report) error {
+				got = append(got, r)
+				time.Sleep(read)
+				if len(got) == intervals {
+					return enough
+				}
+				return nil
+			})
+			if err != enough {
+				t.Errorf("error %v", err)
+			}
+			return got
+		}
+		go func() {
+			for i := range 12 {
+				time.Sleep(time.Second / 2)
+				h.exits(1, 0, 0x72, 10)
+				if i == 5 {
+					h.exits(2, 0, 0x7b, 7)
+					h.die(2)
+				}
+				report(t, d, 0)
+			}
+		}()
+		type line struct {
+			seq      uint64
+			interval time.Duration
+			exits    map[string]uint64
+		}
+		lines := func(reports []api.Report) (lines []line) {
+			for i, r := range reports {
+				l := line{r.Seq, time.Duration(r.IntervalNS), make(map[string]uint64)}
+				for _, d := range r.Domains {
+					l.exits[d.Name] = d.Count
+				}
+				if i > 0 && r.Time.Sub(reports[i-1].Time) != l.interval {
+					t.Errorf("line %d: %v after the one before, of %v", r.Seq, r.Time.Sub(reports[i-1].Time), l.interval)
+				}
+				lines = append(lines, l)
+			}
+			return lines
+		}
+		want := []line{
+			{1, 2 * time.Second, map[string]uint64{"web": 30, "db": 0}},
+			{2, 5 * time.Second, map[string]uint64{"web": 90, "db": 7}}, // it has ended meanwhile
+			{3, 5 * time.Second, map[string]uint64{"web": 0}},
+		}
+		if diff := cmp.Diff(want, lines(watch(5*time.Second, 3)), cmp.AllowUnexported(line{})); diff != "" {
+			t.Errorf("(-want +got)\n%s", diff)
+		}
+
+		// A named domain may end, be forgotten, and come again.
+		go func() {
+			time.Sleep(3 * time.Second)
+			h.exits(1, 0, 0x72, 5)
+			h.die(1)
+			time.Sleep(2 * time.Hour)
+			h.start(3, "web")
+			h.exits(3, 0, 0x72, 6)
+		}()
+		seen := make(map[uint64]int)
+		for _, r := range watch(0, 3700, "web") {
+			for _, d := range r.Domains {
+				seen[d.Count]++
+			}
+		}
+		if seen[5] != 1 || seen[6] != 1 || seen[0] == 0 || seen[0] > 3000 {
+			t.Errorf("counts, how often: %v", seen)
+		}
+		var unknown *api.NotFoundError
+		if err := d.Watch(t.Context(), []string{"nobody"}, time.Second, nil); !errors.As(err, &unknown) {
+			t.Errorf("error %v", err)
+		}
+	})
+}
+
+// A poller that sees each number has seen each period.
+func TestSeq(t *testing.T) {
+	run(t, nil, func(t *testing.T, h *host, d *Daemon) {
+		h.start(1, "web")
+		pass(10 * time.Second)
+		first := d.Domains()
+		if again := d.Domains(); again.Seq != first.Seq {
+			t.Errorf("%d at once after %d", again.Seq, first.Seq)
+		}
+		for i := range uint64(5) {
+			h.exits(1, 0, 0x72, i+1)
+			pass(d.config.Interval)
+			got := d.Domains()
+			if rate := got.Domains[slices.IndexFunc(got.Domains, func(d api.Domain) bool { return d.Name == "web" })].Rate; got.Seq != first.Seq+i+1 || rate != float64(i+1)/d.config.Interval.Seconds() {
+				t.Errorf("period %d after %d: rate %v", got.Seq, first.Seq, rate)
+			}
+		}
+		if got := d.Domains(); !got.DaemonSince.Equal(d.started) || got.Time.After(time.Now()) || time.Since(got.Time) > 2*time.Second {
+			t.Errorf("%+v", got)
+		}
+	})
+}
+
 func TestLevelCount(t *testing.T) {
 	run(t, func(c *Config) { c.Level = snapshot.Count }, func(t *testing.T, h *host, d *Daemon) {
 		h.exits(1, 0, 0x72, 50)
