@@ -39,6 +39,19 @@ type fakeBackend struct {
 func (b *fakeBackend) Status() api.Status   { return b.status }
 func (b *fakeBackend) Domains() api.Domains { return api.Domains{Domains: b.domains} }
 
+func (b *fakeBackend) Watch(ctx context.Context, domains []string, interval time.Duration, each func(api.Report) error) error {
+	for seq := uint64(1); ; seq++ {
+		r, err := b.Report(ctx, domains, interval)
+		if err != nil {
+			return err
+		}
+		r.Seq = seq
+		if err := each(r); err != nil {
+			return err
+		}
+	}
+}
+
 func (b *fakeBackend) Report(ctx context.Context, domains []string, interval time.Duration) (api.Report, error) {
 	if b.waits != nil {
 		b.waits <- struct{}{}

@@ -529,6 +529,7 @@ func TestWatch(t *testing.T) {
 			return got
 		}
 		go func() {
+			time.Sleep(time.Second / 10)
 			for i := range 12 {
 				time.Sleep(time.Second / 2)
 				h.exits(1, 0, 0x72, 10)
