@@ -23,7 +23,7 @@ PACKAGES_build := libc6-dev pkg-config libvirt-dev
 PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
 PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
-	bsdutils procps iproute2 sparse
+	bsdutils procps iproute2 sparse python3-minimal
 PACKAGES_debug := flex bison bc libelf-dev
 
 LAB := build/lab/bin/lab
