@@ -321,7 +321,7 @@ func (d *Daemon) endPeriod() error {
 		return d.trouble(fmt.Errorf("%w: %w", source.ErrGone, err))
 	}
 	forgotten := d.ledger.Expire(func(p snapshot.Process) bool {
-		domain, known := d.config.Identities.Lookup(p, "")
+		domain, known := d.config.Identities.Lookup(p, d.view.Processes[p].Comm)
 		return known && domain.TGID != 0
 	})
 	for p := range d.wish.processes {

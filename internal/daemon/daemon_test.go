@@ -32,6 +32,7 @@ import (
 type host struct {
 	mu        sync.Mutex
 	loaded    bool
+	named     map[snapshot.Process]string
 	boot      time.Time
 	level     snapshot.Level                      // of the lease
 	levels    map[snapshot.Process]snapshot.Level // of its processes
@@ -59,6 +60,7 @@ const (
 func newHost() *host {
 	return &host{
 		loaded:    true,
+		named:     make(map[snapshot.Process]string),
 		boot:      time.Now(),
 		levels:    make(map[snapshot.Process]snapshot.Level),
 		snap:      snapshot.Snapshot{TickHz: tickHz},
@@ -333,13 +335,17 @@ func (h *host) Lookup(p snapshot.Process, comm string) (vmmap.Domain, bool) {
 	if d, ok := h.learnt[inProc(p)]; ok {
 		return d, true
 	}
-	return vmmap.Domain{Name: fmt.Sprintf("%s-%d", comm, p.TGID), TGID: p.TGID, State: vmmap.Running, Source: "process"}, false
+	if _, ok := h.named[inProc(p)]; !ok { // the first word of it stays
+		h.named[inProc(p)] = fmt.Sprintf("%s-%d", comm, p.TGID)
+	}
+	return vmmap.Domain{Name: h.named[inProc(p)], TGID: p.TGID, State: vmmap.Running, Source: "process"}, false
 }
 
 func (h *host) Forget(p snapshot.Process) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.learnt, inProc(p))
+	delete(h.named, inProc(p))
 }
 
 func (h *host) Restore(p snapshot.Process, d vmmap.Domain) {
@@ -656,6 +662,18 @@ func TestShortLived(t *testing.T) {
 		}
 		if len(h.learnt) != 0 {
 			t.Errorf("its identity is remembered for ever: %v", h.learnt)
+		}
+	})
+}
+
+// A guest that is gone before anything but the kernel could tell of it, and whom nobody asks for until a period ends.
+func TestUnknown(t *testing.T) {
+	run(t, nil, func(t *testing.T, h *host, d *Daemon) {
+		h.exits(7, 0, 0x72, 123)
+		h.die(7)
+		pass(2 * time.Second)
+		if got := report(t, d, 0, "qemu-7").Domains[0]; got.Count != 123 || got.TGID != 0 || got.State != "shut off" {
+			t.Errorf("got %+v", got)
 		}
 	})
 }
