@@ -373,6 +373,27 @@ func (m *machine) wantsTSC() bool {
 	return strings.Contains(m.kernel.Release, "-rt-") || strings.HasSuffix(m.kernel.Release, "-debug")
 }
 
+// knownTSC tells the kernel the frequency of its TSC, which is that of the host. Otherwise it measures how long a timer takes,
+// and finds a fraction of the frequency when the host is busy with something else at that moment. With icount, nothing is.
+func (m *machine) knownTSC() string {
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil || m.Icount {
+		return ""
+	}
+	match := bogoMIPS.FindSubmatch(info)
+	if match == nil {
+		return ""
+	}
+	mips, err := strconv.ParseFloat(string(match[1]), 64)
+	if err != nil {
+		return ""
+	}
+	return fmt.Sprintf(" tsc_early_khz=%.0f", mips/2*1000)
+}
+
+// bogoMIPS is, on x86, how often the TSC ticks in half a microsecond: what the host's kernel delays by.
+var bogoMIPS = regexp.MustCompile(`(?m)^bogomips\s*: ([0-9.]+)$`)
+
 func (m *machine) cpu() string {
 	if m.wantsTSC() {
 		return cpu + constantTSC
@@ -385,7 +406,7 @@ func (m *machine) qemu(ctx context.Context) error {
 		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
 		"-machine", "pc", "-cpu", m.cpu(),
 		"-accel", m.Accel, "-smp", strconv.Itoa(m.CPUs), "-m", strconv.Itoa(m.Memory),
-		"-kernel", m.kernel.Image(), "-initrd", m.initramfs(), "-append", m.cmdline(),
+		"-kernel", m.kernel.Image(), "-initrd", m.initramfs(), "-append", m.cmdline() + m.knownTSC(),
 		"-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
 		"-serial", "file:" + m.console(),
 	}
