@@ -194,8 +194,9 @@ func (s *span) check(t testing.TB) {
 	if s.Wait > s.queued+s.slack+s.spread || s.Wait+s.Outside < s.queued-s.slack-s.spread {
 		t.Errorf("waited %v; the scheduler says %v", s.Wait, s.queued)
 	}
-	if !s.near(s.Poll, s.kvmPolled) {
-		t.Errorf("polled %v; KVM says %v", s.Poll, s.kvmPolled)
+	// For KVM, a thread that waits while it polls goes on polling.
+	if s.Poll > s.kvmPolled+s.slack+s.spread || s.Poll+s.Wait < s.kvmPolled-s.slack-s.spread {
+		t.Errorf("polled %v and waited %v; KVM says it polled %v", s.Poll, s.Wait, s.kvmPolled)
 	}
 	var time, user = s.KVM + s.User, s.User
 	for _, r := range s.rows {
@@ -217,18 +218,20 @@ func newHaltingVM(t testing.TB) *guest.VM {
 	return vm
 }
 
-// setHaltPoll has KVM poll for up to so long at the end of a halt, in VMs made from now on.
+// setHaltPoll has KVM poll for so long at the end of a halt, in VMs made from now on, when it has seen one that is shorter.
 func setHaltPoll(t testing.TB, limit time.Duration) {
 	t.Helper()
-	const file = "/sys/module/kvm/parameters/halt_poll_ns"
-	old, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
+	for _, name := range []string{"halt_poll_ns", "halt_poll_ns_grow_start"} {
+		file := "/sys/module/kvm/parameters/" + name
+		old, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, fmt.Append(nil, limit.Nanoseconds()), 0); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.WriteFile(file, old, 0) })
 	}
-	if err := os.WriteFile(file, fmt.Append(nil, limit.Nanoseconds()), 0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.WriteFile(file, old, 0) })
 }
 
 // observed is how long each of these takes: so long that a hundredth is more than the odd delay.
@@ -280,24 +283,26 @@ func wakes(t testing.TB, v *guest.VCPU, every time.Duration) {
 // The guest is woken while KVM polls, or soon after.
 func TestTimePolling(t *testing.T) {
 	inside.Load(t, "")
-	setHaltPoll(t, 40*time.Millisecond)
+	setHaltPoll(t, 4*time.Second) // longer than any halt
 	s := open(t, snapshot.Time)
 	v := begun(t, s, newHaltingVM(t))
-	got := v.observe(t, func() { v.during(t, "hlt:1", func() { wakes(t, v.VCPU, 5*time.Millisecond) }) })
-	// KVM polls while nothing else wants the CPU; on real-time kernels much does.
-	least := got.wall / 4
-	if strings.Contains(inside.Release(t), "-rt-") {
-		least = got.wall / 20
-	}
-	if runtime.NumCPU() > 1 && got.Poll < least {
-		t.Errorf("polled for %v of %v", got.Poll, got.wall)
-	}
-	if hlt := got.rows[inside.Host(t).Codes["hlt"]]; hlt.count == 0 || hlt.time > got.wall/4 {
-		t.Errorf("%d times HLT took %v, without the halt", hlt.count, hlt.time)
-	}
-	// A wait of the thread that polls is in what KVM says of both.
-	if got.Halted > got.kvmHalted+got.slack || got.Halted+got.Wait < got.kvmHalted-got.slack {
-		t.Errorf("halted %v and waited %v; KVM says %v", got.Halted, got.Wait, got.kvmHalted)
+	// KVM polls while nothing else wants the CPU: hardly ever on a machine that has one, and on a busy one it may have polled
+	// for less than what times may differ by.
+	for try := 1; ; try++ {
+		got := v.observe(t, func() { v.during(t, "hlt:1", func() { wakes(t, v.VCPU, 5*time.Millisecond) }) })
+		if hlt := got.rows[inside.Host(t).Codes["hlt"]]; hlt.count == 0 || hlt.time > got.wall/4 {
+			t.Errorf("%d times HLT took %v, without the halt", hlt.count, hlt.time)
+		}
+		// A wait of the thread that polls is in what KVM says of both.
+		if got.Halted > got.kvmHalted+got.slack || got.Halted+got.Wait < got.kvmHalted-got.slack {
+			t.Errorf("halted %v and waited %v; KVM says %v", got.Halted, got.Wait, got.kvmHalted)
+		}
+		if runtime.NumCPU() == 1 || got.kvmPolled-got.queued > 4*(got.slack+got.spread) {
+			break
+		}
+		if try == 5 {
+			t.Fatalf("KVM polled for %v of %v, waiting included: too little to tell", got.kvmPolled, got.wall)
+		}
 	}
 }
 
@@ -387,19 +392,23 @@ func TestTimeOutside(t *testing.T) {
 	inside.Load(t, "")
 	s := open(t, snapshot.Time)
 	v := begun(t, s, newVM(t, 1))
-	var paused time.Duration
-	var pause atomic.Bool
+	var paused, away time.Duration
+	var asked atomic.Int64 // when to pause
 	v.Handle = func(r guest.Return) error {
-		if r == guest.Signal && pause.CompareAndSwap(true, false) {
+		if r != guest.Signal {
+			return nil
+		}
+		if at := asked.Swap(0); at != 0 {
 			paused += sleep(200 * time.Millisecond)
+			away += bootTime() - time.Duration(at)
 		}
 		return nil
 	}
 	got := v.observe(t, func() {
 		v.during(t, "spin:100000", func() {
 			for end := time.Now().Add(observed); time.Now().Before(end); {
-				pause.Store(true)
-				for pause.Load() { // a signal may come before KVM_RUN
+				asked.Store(int64(bootTime()))
+				for asked.Load() != 0 { // a signal may come before KVM_RUN
 					if err := v.Signal(); err != nil {
 						t.Fatal(err)
 					}
@@ -409,8 +418,8 @@ func TestTimeOutside(t *testing.T) {
 			}
 		})
 	})
-	if got.Outside > paused+got.wall/20 || got.Outside+got.Wait < paused-got.slack {
-		t.Errorf("outside for %v, want %v", got.Outside, paused)
+	if got.Outside > away+got.wall/20 || got.Outside+got.Wait < paused-got.slack {
+		t.Errorf("outside for %v, want %v to %v", got.Outside, paused, away)
 	}
 	if paused < got.wall/4 {
 		t.Errorf("paused for %v of %v only", paused, got.wall)
