@@ -17,8 +17,11 @@ import (
 	"virtexit/test/lab/guest"
 )
 
-// guestVar makes a test binary a guest with that many vCPUs.
-const guestVar = "VIRTEXIT_TEST_GUEST"
+// guestVar makes a test binary a guest with that many vCPUs; threadVar is the id that its only vCPU's thread is to have.
+const (
+	guestVar  = "VIRTEXIT_TEST_GUEST"
+	threadVar = "VIRTEXIT_TEST_GUEST_THREAD"
+)
 
 // IsGuest tells whether this process is a Guest.
 func IsGuest() bool { return os.Getenv(guestVar) != "" }
@@ -28,7 +31,7 @@ func Main(m *testing.M) {
 	if !IsGuest() {
 		os.Exit(m.Run())
 	}
-	if err := serve(os.Getenv(guestVar), os.Stdin, os.Stdout); err != nil {
+	if err := serve(os.Getenv(guestVar), os.Getenv(threadVar), os.Stdin, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "guest:", err)
 		os.Exit(1)
 	}
@@ -60,7 +63,7 @@ func StartGuest(vcpus int) (*Guest, error) {
 // test binary under any name and with any arguments.
 func StartGuestAs(cmd *exec.Cmd, vcpus int) (g *Guest, err error) {
 	g = &Guest{cmd: cmd}
-	g.cmd.Env = append(os.Environ(), guestVar+"="+strconv.Itoa(vcpus))
+	g.cmd.Env = append(g.cmd.Environ(), guestVar+"="+strconv.Itoa(vcpus))
 	g.cmd.Stderr = os.Stderr
 	if g.work, err = g.cmd.StdinPipe(); err != nil {
 		return nil, err
@@ -97,6 +100,35 @@ func StartGuestAs(cmd *exec.Cmd, vcpus int) (g *Guest, err error) {
 		}
 	}()
 	return g, nil
+}
+
+// StartGuestAt is StartGuest of one vCPU, of whose process and thread the ids are given, unless the thread's is 0. It fails
+// where another process or thread has one of them, or was faster to get it.
+func StartGuestAt(pid, tid int) (*Guest, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(exe)
+	if tid != 0 {
+		cmd.Env = append(os.Environ(), threadVar+"="+strconv.Itoa(tid))
+	}
+	if err := nextID(pid); err != nil {
+		return nil, err
+	}
+	g, err := StartGuestAs(cmd, 1)
+	if err != nil {
+		return nil, err
+	}
+	if g.TGID() != pid {
+		return nil, errors.Join(fmt.Errorf("guest: process %d, want %d", g.TGID(), pid), g.Close())
+	}
+	return g, nil
+}
+
+// nextID has the kernel give out an id, or the next that is free, to the process or thread that is made next.
+func nextID(id int) error {
+	return os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(strconv.Itoa(id-1)), 0)
 }
 
 // TGID is the process.
@@ -138,13 +170,39 @@ func (g *Guest) Kill() error {
 	return nil
 }
 
-// serve is the process.
-func serve(vcpus string, in io.Reader, out io.Writer) error {
-	n, err := strconv.Atoi(vcpus)
-	if err != nil {
-		return err
+// newVM makes a VM, with one vCPU where its thread's id is given.
+func newVM(vcpus, tid string) (*guest.VM, error) {
+	if tid == "" {
+		n, err := strconv.Atoi(vcpus)
+		if err != nil {
+			return nil, err
+		}
+		return guest.NewVM(n)
 	}
-	vm, err := guest.NewVM(n)
+	id, err := strconv.Atoi(tid)
+	if err != nil {
+		return nil, err
+	}
+	// Go takes a thread that it has for a vCPU's, which ends with the VM, and makes one when there is none left.
+	for range 20 {
+		vm, err := guest.NewVM(1)
+		if err != nil || vm.VCPUs[0].TID() == id {
+			return vm, err
+		}
+		if err := vm.Close(); err != nil {
+			return nil, err
+		}
+		// KVM makes a thread of its own first.
+		if err := nextID(id - 1); err != nil {
+			return nil, err
+		}
+	}
+	return nil, fmt.Errorf("no thread gets the id %d", id)
+}
+
+// serve is the process.
+func serve(vcpus, tid string, in io.Reader, out io.Writer) error {
+	vm, err := newVM(vcpus, tid)
 	if err != nil {
 		return err
 	}

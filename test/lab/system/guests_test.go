@@ -182,32 +182,20 @@ func TestGuests(t *testing.T) {
 	}
 }
 
-// reuse starts a guest that gets the id of a process that is gone and, unless
-// tid is 0, whose vCPU gets that of a thread.
-func reuse(t *testing.T, pid, tid int) *inside.Guest {
+// newGuestAt starts a guest with the ids given of its process and, unless it is 0, of its vCPU's thread. None has them now.
+func newGuestAt(t *testing.T, pid, tid int) *inside.Guest {
 	t.Helper()
-	if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err == nil {
-		t.Fatalf("process %d is not gone", pid)
-	}
-	for range 100 {
-		// The kernel gives out the next id that is free, to whoever comes first.
-		if err := os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(strconv.Itoa(pid-1)), 0); err != nil {
-			t.Fatal(err)
-		}
-		g, err := inside.StartGuest(1)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if g.TGID() == pid && (tid == 0 || g.TID(0) == tid) {
+	// Whatever else the machine starts can be faster; it is soon gone.
+	for try := 1; ; try++ {
+		g, err := inside.StartGuestAt(pid, tid)
+		if err == nil {
 			t.Cleanup(func() { g.Close() })
 			return g
 		}
-		if err := g.Close(); err != nil {
+		if try == 100 {
 			t.Fatal(err)
 		}
 	}
-	t.Fatalf("no guest got the process id %d and the thread id %d", pid, tid)
-	return nil
 }
 
 // TestReusedPID has guests whose process ids are those of others that died.
@@ -227,15 +215,16 @@ func TestReusedPID(t *testing.T) {
 		return running, past
 	}
 
-	first := newGuest(t, 1)
-	pid, tid, name := first.TGID(), first.TID(0), nameOf(t, first)
+	pid, tid := 20_000, 20_100 // far from all that there are
+	first := newGuestAt(t, pid, tid)
+	name := nameOf(t, first)
 	want := []map[string]uint64{{"cpuid": 1000, "hypercall": 40, "io": 1}, {"cpuid": 7, "msr": 3, "io": 1}, {"cpuid": 11, "io": 1}}
 	run(t, first, 0, "cpuid:1000,hypercall:40")
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
-	second := reuse(t, pid, tid) // the daemon has not been asked in between
-	t.Logf("process %d, vCPU thread %d, again", pid, tid)
+	second := newGuestAt(t, pid, tid) // the daemon has not been asked in between
+	t.Logf("process %d, vCPU thread %d, again", second.TGID(), second.TID(0))
 	run(t, second, 0, "cpuid:7,rdmsr:0x1b:3")
 	check := func(alive bool) {
 		t.Helper()
@@ -275,7 +264,7 @@ func TestReusedPID(t *testing.T) {
 	if err := second.Close(); err != nil {
 		t.Fatal(err)
 	}
-	third := reuse(t, pid, tid)
+	third := newGuestAt(t, pid, tid)
 	run(t, third, 0, "cpuid:11")
 	inside.Eventually(t, "the second is known to be dead", 10*time.Second, func() bool { _, past := with(pid, name); return len(past) == 2 })
 	check(true)
@@ -294,7 +283,7 @@ func TestReusedPID(t *testing.T) {
 	pid = d.find("old").TGID
 	signal(t, pid, syscall.SIGKILL)
 	inside.Eventually(t, "QEMU is gone", 10*time.Second, func() bool { return syscall.Kill(pid, 0) != nil })
-	impostor := reuse(t, pid, 0)
+	impostor := newGuestAt(t, pid, 0)
 	run(t, impostor, 0, "cpuid:9")
 	if _, err := os.Stat("/run/libvirt/qemu/old.xml"); err != nil {
 		t.Fatal(err)
