@@ -71,19 +71,24 @@ func TestLab(t *testing.T) {
 	defer func() { cancel(); <-done }()
 
 	get := func(name string) (d Domain) {
-		start := time.Now()
-		for _, x := range m.Domains() {
-			if x.Name == name {
-				d = x
+		var took time.Duration
+		for range 5 { // libvirt would be slow each time
+			start := time.Now()
+			for _, x := range m.Domains() {
+				if x.Name == name {
+					d = x
+				}
+			}
+			if took = time.Since(start); took <= 100*time.Millisecond {
+				return d
 			}
 		}
-		if took := time.Since(start); took > 100*time.Millisecond {
-			t.Errorf("Domains took %v", took)
-		}
+		t.Errorf("Domains took %v", took)
 		return d
 	}
 	within := func(limit time.Duration, what string, ok func() bool) {
 		t.Helper()
+		limit *= 6 // on a machine that is busy with something else
 		for end := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
 			if err := m.Refresh(); err != nil {
 				t.Error(err)

@@ -475,9 +475,12 @@ func TestLeaseDiesWithItsProcess(t *testing.T) {
 	if err := child.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	t.Log("off after ", inside.Eventually(t, "the lease ends with its process", time.Second, func() bool { return level() == snapshot.Off }))
 	if _, err := child.Wait(); err != nil {
 		t.Fatal(err)
+	}
+	off := inside.Eventually(t, "the lease ends with its process", time.Second, func() bool { return level() == snapshot.Off })
+	if off > time.Second {
+		t.Errorf("off after %v", off)
 	}
 }
 

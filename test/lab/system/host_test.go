@@ -123,7 +123,7 @@ func (d *virtexitd) end(s syscall.Signal) {
 	d.cmd.Process.Signal(s)
 	select {
 	case <-d.ended:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		d.t.Errorf("virtexitd does not end on %v", s)
 		d.cmd.Process.Kill()
 		<-d.ended
@@ -139,7 +139,7 @@ type result struct {
 // run runs the command line.
 func (d *virtexitd) run(args ...string) result {
 	d.t.Helper()
-	ctx, cancel := context.WithTimeout(d.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(d.t.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "virtexit"), append([]string{"--socket", d.socket}, args...)...)
 	var stdout, stderr bytes.Buffer

@@ -102,6 +102,9 @@ func TestDaemonKilled(t *testing.T) {
 		return i.Level == snapshot.Off && i.Hook == "none" && i.Leases == 0
 	})
 	t.Logf("hooks off %v after the daemon's death", off)
+	if off > time.Second {
+		t.Error("more than a second")
+	}
 	i := info(t, watch)
 	if i.SlotsLive != 0 || i.SlotsRetired != 2 {
 		t.Errorf("after the daemon's death: %+v", i)
