@@ -23,9 +23,8 @@ type followed struct {
 	last           api.LoggedExit
 }
 
-// follow runs "virtexit log --follow". add hands over what has come since it
-// was last called; it waits until that is quiet.
-func follow(t *testing.T, d *virtexitd, name string) (add func(*followed), wait func() error) {
+// follow runs "virtexit log --follow". add adds what comes until so many exits are followed or lost, and what else there is.
+func follow(t *testing.T, d *virtexitd, name string) (add func(f *followed, until uint64), wait func() error) {
 	t.Helper()
 	cmd := exec.Command(filepath.Join(bin, "virtexit"), "--socket", d.socket, "log", name, "--follow", "--format", "json")
 	out, err := cmd.StdoutPipe()
@@ -53,11 +52,15 @@ func follow(t *testing.T, d *virtexitd, name string) (add func(*followed), wait 
 		if first.Schema != api.Schema || first.Domain != name {
 			t.Fatalf("first line: %+v", first)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the log does not begin")
 	}
-	add = func(f *followed) {
+	add = func(f *followed, until uint64) {
 		for {
+			quiet := time.Minute
+			if f.exits+f.overrun >= until {
+				quiet = 2 * time.Second
+			}
 			select {
 			case l, open := <-lines:
 				if !open {
@@ -68,7 +71,7 @@ func follow(t *testing.T, d *virtexitd, name string) (add func(*followed), wait 
 					f.exits++
 					f.last = *l.LoggedExit
 				}
-			case <-time.After(2 * time.Second):
+			case <-time.After(quiet):
 				return
 			}
 		}
@@ -131,13 +134,15 @@ func TestLevelAndLog(t *testing.T) {
 	from := count()
 	run(t, g, 0, "cpuid:200")
 	run(t, g, 1, "cpuid:100")
-	add(&got)
-	if want := count() - from; got.exits+got.overrun != want {
+	want := count() - from
+	add(&got, want)
+	if got.exits+got.overrun != want {
 		t.Errorf("%d exits and %d lost, want %d", got.exits, got.overrun, want)
 	}
 	run(t, g, 0, "cpuid:20000")
-	add(&got)
-	if want := count() - from; got.exits+got.overrun != want {
+	want = count() - from
+	add(&got, want)
+	if got.exits+got.overrun != want {
 		t.Errorf("%d exits and %d lost, want %d", got.exits, got.overrun, want)
 	}
 	t.Logf("%d exits followed, %d lost", got.exits, got.overrun)
@@ -145,7 +150,7 @@ func TestLevelAndLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	exits := got.exits
-	add(&got)
+	add(&got, want+2)
 	// Those that were in progress: the last ones of the two vCPUs, which their threads' death ended.
 	if got.exits != exits+2 || got.last.Reason != "io" || got.last.DurationNS == nil {
 		t.Errorf("%d exits at the end, the last one %+v", got.exits-exits, got.last)
@@ -178,7 +183,6 @@ func TestDuty(t *testing.T) {
 	d := start(t, options{})
 	create(t, domain{name: "busy", os: rom(t, "cpuid:10,spin:200000", true)})
 	inside.Eventually(t, "busy is counted", 30*time.Second, func() bool { return d.find("busy").Count > 100 })
-	always := decode[api.Report](t, d.ok("report", "busy", "--interval", "3s", "--format", "json")).Domains[0]
 
 	if out := d.ok("on", "--duty", "1s/3s"); out != "collection is on, level time\n" {
 		t.Errorf("%q", out)
@@ -190,16 +194,21 @@ func TestDuty(t *testing.T) {
 	if r.IntervalNS < 3e9 || r.Domains[0].Count == 0 {
 		t.Errorf("report over %d ns: %d exits", r.IntervalNS, r.Domains[0].Count)
 	}
+	exits := kvmExits(t, "busy", 0)
 	x := decode[api.Report](t, d.ok("report", "busy", "--interval", "9s", "--format", "json")).Domains[0]
+	exits = kvmExits(t, "busy", 0) - exits // in the interval, and a little before and after
 	observed := float64(x.SpanNS) / float64(x.WallNS)
 	// To switch takes a while on this machine, and is observed.
 	if observed < 0.25 || observed > 0.6 {
 		t.Errorf("observed for %d of %d ns", x.SpanNS, x.WallNS)
 	}
-	if x.Rate < always.Rate/2 || x.Rate > always.Rate*2 {
-		t.Errorf("%v exits a second when observed for a third of the time, %v always", x.Rate, always.Rate)
+	t.Logf("observed for %.2f of the time, %d exits of %d, %.0f a second", observed, x.Count, exits, x.Rate)
+	if share := float64(x.Count) / float64(exits); share < observed/2 || share > observed*2 || share > 1 {
+		t.Errorf("%d exits of KVM's %d when observed for %.2f of the time", x.Count, exits, observed)
 	}
-	t.Logf("observed for %.2f of the time, %.0f exits a second; always, %.0f", observed, x.Rate, always.Rate)
+	if rate := float64(x.Count) / float64(x.SpanNS) * 1e9; x.Rate < rate*0.99 || x.Rate > rate*1.01 {
+		t.Errorf("%v exits a second, want the %v of the time observed", x.Rate, rate)
+	}
 	d.ok("on", "--duty", "always")
 	x = decode[api.Report](t, d.ok("report", "busy", "--format", "json")).Domains[0]
 	if x.SpanNS < x.WallNS*9/10 {
