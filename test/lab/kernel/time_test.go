@@ -527,30 +527,33 @@ func TestInterruptsAreNotGuestTime(t *testing.T) {
 				t.Fatal(err)
 			}
 			timers := newTimers(t, v.VCPU)
-			var quiet, loud progress
-			var done float64 // of what the guest gets done, with interrupts
-			for timers.more(enough); ; timers.more(400) {
-				quiet, loud = progress{}, progress{}
+			timers.more(enough)
+			var share float64
+			for try := 1; ; {
+				var quiet, loud progress
 				for range 4 {
 					timers.set(false)
 					quiet.add(t, v)
 					timers.set(true)
 					loud.add(t, v)
 				}
-				done = loud.loops / loud.wall / (quiet.loops / quiet.wall)
-				if done < 0.5 || len(timers.ids) >= 2500 { // more would only expire less often
+				// Of what the guest gets done, and of its time, with interrupts.
+				done := loud.loops / loud.wall / (quiet.loops / quiet.wall)
+				share = loud.guest / loud.wall / (quiet.guest / quiet.wall)
+				if done >= 0.5 && len(timers.ids) < 2500 { // more would only expire less often
+					timers.more(400)
+					continue
+				}
+				enough = len(timers.ids)
+				t.Logf("quiet: %v; with %d timers: %v", quiet, enough, loud)
+				// Were interrupts counted in, the guest would keep its share of time, and this be about 1.
+				if done <= 0.65 && share <= math.Sqrt(done) {
 					break
 				}
-			}
-			enough = len(timers.ids)
-			t.Logf("quiet: %v; with %d timers: %v", quiet, len(timers.ids), loud)
-			if done > 0.65 {
-				t.Fatal("too few interrupts to tell")
-			}
-			// Were interrupts counted in, the guest would keep its share of time, and this be about 1.
-			share := loud.guest / loud.wall / (quiet.guest / quiet.wall)
-			if share > math.Sqrt(done) {
-				t.Errorf("interrupts leave the guest %.2f of its time, in which it gets %.2f done", share, done)
+				// Unless the machine had more of its host in one half than in the other, which is not so each time.
+				if try++; try > 5 {
+					t.Fatalf("interrupts leave the guest %.2f of its time, in which it gets %.2f done", share, done)
+				}
 			}
 			shares[c.hook] = share
 		})
