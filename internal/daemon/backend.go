@@ -195,5 +195,5 @@ func (d *Daemon) latest() *ledger.View {
 
 // wall converts the ledger's time to the wall clock's.
 func (d *Daemon) wall(t uint64) time.Time {
-	return time.Now().Add(time.Duration(t) - d.config.BootTime()).Round(time.Millisecond)
+	return d.clock.booted().Add(time.Duration(t)).Round(time.Millisecond)
 }

@@ -70,6 +70,7 @@ type Config struct {
 type Daemon struct {
 	config      Config
 	started     time.Time
+	clock       clock
 	identify    chan struct{} // asks for a refresh of the identities
 	switched    chan struct{} // tells that level or duty changed
 	retired     chan struct{} // tells that slots wait to be saved
@@ -103,6 +104,7 @@ func New(c Config) *Daemon {
 	d := &Daemon{
 		config:   c,
 		started:  time.Now(),
+		clock:    clock{now: time.Now, uptime: c.BootTime},
 		identify: make(chan struct{}, 1),
 		switched: make(chan struct{}, 1),
 		retired:  make(chan struct{}, 1),

@@ -85,7 +85,7 @@ func (l *log) read(present bool) (reading, error) {
 		return reading{}, err
 	}
 	r := reading{ended: !alive}
-	boot := time.Now().Add(-l.daemon.config.BootTime()).Round(0)
+	boot := l.daemon.clock.booted()
 	identity, _ := l.daemon.config.Identities.Lookup(l.process, "")
 	for i := range snap.Slots {
 		s := &snap.Slots[i]
