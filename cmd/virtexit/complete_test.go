@@ -37,6 +37,12 @@ func running(id int, name, uuid string) api.Domain {
 	return d
 }
 
+// ran gives a domain a run.
+func ran(d api.Domain, run string) api.Domain {
+	d.Run = &run
+	return d
+}
+
 func TestComplete(t *testing.T) {
 	const u1, u2 = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "c7a5fdbd-edaf-9455-926a-d65c16db1809"
 	for _, tt := range []struct {
@@ -54,6 +60,7 @@ func TestComplete(t *testing.T) {
 		{"another's uuid, none of its own", []api.Domain{running(1, u2, ""), running(2, "b", u2)}, "report", "1\t" + u2 + "\nb\n"},
 		{"twins", []api.Domain{running(1, "a", u1), running(2, "a", u2)}, "report", u1 + "\ta\n" + u2 + "\ta\n"},
 		{"twins nobody can tell", []api.Domain{running(0, "a", ""), running(0, "a", ""), running(1, "b", "")}, "report", "b\n"},
+		{"twins of different runs", []api.Domain{running(0, "a", ""), ran(running(0, "a", ""), "5-6"), running(1, "b", "")}, "report", "b\n5-6\ta\n"},
 		{"another is shut off", []api.Domain{running(1, "a", u1), {Name: "a", UUID: ptr(u2)}}, "report", "a\n"},
 		{"control characters, nothing", []api.Domain{running(1, "a\tb\x1b", u1), running(2, "", u2)}, "report", u1 + "\ta\\tb\\x1b\n" + u2 + "\n"},
 		{"dash, spaces around", []api.Domain{running(1, "-x", u1), running(2, " a ", u2)}, "report", u1 + "\t-x\n" + u2 + "\t a\n"},

@@ -110,7 +110,7 @@ Environment:
 }
 
 func (a *app) list() *cobra.Command {
-	var all, title, owner bool
+	var all, runs, title, owner bool
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List domains with their exits and where their time goes",
@@ -121,6 +121,10 @@ The time is shared by the Guest, the handling of exits by KVM and by User space
 (QEMU), Idle (halted, or polling for the end of a halt) and Wait for a CPU.
 All is of the latest second or so. "-" is what is not known.
 
+A domain counts from 0 each time that it is started: each is a run of its own,
+and its counts are kept for a while when it has ended. --runs lists all of them;
+'report' and others take the run for a domain.
+
 --title and --owner show what libvirt's XML of the domain says: the title, or
 without one the name in the cloud; and the cloud (nova, ovirt, kubevirt) with the
 project or namespace, and the user who made the domain. They take the place of
@@ -128,7 +132,8 @@ other columns. In CSV they are more columns, with ids and the flavor; JSON alway
 has them.`,
 		Example: `  virtexit list
   virtexit list --title --owner
-  virtexit list --all --format json`,
+  virtexit list --all --format json
+  virtexit list --runs`,
 		Args: cobra.NoArgs,
 		RunE: a.do(func(ctx context.Context, _ []string) error {
 			c := a.client()
@@ -140,7 +145,11 @@ has them.`,
 			if err != nil {
 				return err
 			}
-			if !all {
+			switch {
+			case runs:
+			case all:
+				domains.Domains = api.Latest(domains.Domains)
+			default:
 				running := []api.Domain{}
 				for _, d := range domains.Domains {
 					if d.Running() {
@@ -153,10 +162,11 @@ has them.`,
 			if d := status.Duty; d != nil && collecting(status) {
 				fmt.Fprintf(a.stderr, "collection runs for %v in every %v: rates are those of the time observed\n", time.Duration(d.OnNS), time.Duration(d.EveryNS))
 			}
-			return report.List(a.stdout, domains, report.ListOptions{Format: report.Format(a.format.value), Collecting: collecting(status), Title: title, Owner: owner})
+			return report.List(a.stdout, domains, report.ListOptions{Format: report.Format(a.format.value), Collecting: collecting(status), Runs: runs, Title: title, Owner: owner})
 		}),
 	}
-	cmd.Flags().BoolVar(&all, "all", false, "also domains that do not run")
+	cmd.Flags().BoolVar(&all, "all", false, "also domains that do not run, each by its latest run")
+	cmd.Flags().BoolVar(&runs, "runs", false, "all runs of all domains")
 	cmd.Flags().BoolVar(&title, "title", false, "show titles")
 	cmd.Flags().BoolVar(&owner, "owner", false, "show for whom a cloud runs the domain")
 	return cmd
@@ -174,8 +184,8 @@ func (a *app) report() *cobra.Command {
 		Use:   "report [DOMAIN...]",
 		Short: "Show a domain's exits by reason or by vCPU",
 		Long: `Show where the time of a domain's vCPUs went, and its exits by reason or by
-vCPU: how many, and how long they were handled. DOMAIN is an id, a uuid or a
-name, tried in this order; without it, all running domains are shown.
+vCPU: how many, and how long they were handled. DOMAIN is an id, a uuid, a name
+or a run, tried in this order; without it, all running domains are shown.
 
 The time of an exit is that in which KVM or user space (QEMU) handled it, not
 that of a halt or of waiting for a CPU; User is the share of user space. Max is
@@ -355,9 +365,9 @@ func (a *app) complete(cmd *cobra.Command, args []string, _ string) ([]cobra.Com
 	return words, cobra.ShellCompDirectiveNoFileComp
 }
 
-// completion is what can be typed to mean the domain: its name; or its uuid or
-// id, described by the name, when the name means another or cannot be typed; or
-// nothing.
+// completion is what can be typed to mean the domain: its name; or its uuid, id
+// or run, described by the name, when the name means another or cannot be typed;
+// or nothing.
 func completion(domains []api.Domain, d *api.Domain) cobra.Completion {
 	means := func(word string) bool {
 		found, err := api.Find(domains, word)
@@ -373,6 +383,8 @@ func completion(domains []api.Domain, d *api.Domain) cobra.Completion {
 		return cobra.CompletionWithDesc(*d.UUID, name)
 	case d.ID != nil && means(strconv.Itoa(*d.ID)):
 		return cobra.CompletionWithDesc(strconv.Itoa(*d.ID), name)
+	case d.Run != nil && means(*d.Run):
+		return cobra.CompletionWithDesc(*d.Run, name)
 	}
 	return ""
 }

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -147,7 +148,7 @@ func newBackend() *fakeBackend {
 	domain := func(id, tgid int, name string) api.Domain {
 		times := api.Times{GuestNS: 9e8, KVMNS: 4e7, UserNS: 1e7, PollNS: 2e6, HaltedNS: 4e7, WaitNS: 8e6}
 		return api.Domain{
-			ID: &id, Name: name, UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa" + string(rune('0'+id))), TGID: tgid, State: "running", Source: "libvirt", Level: "time",
+			ID: &id, Name: name, Run: ptr(fmt.Sprintf("%d-%d", tgid, 6000+id)), UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa" + string(rune('0'+id))), TGID: tgid, State: "running", Source: "libvirt", Level: "time",
 			Since: &since, WallNS: 1e10, SpanNS: 1e9, Count: 1000, Rate: 1000, Time: times, TimePct: times.Pct(), GuestNS: 9e8, GuestPct: 90,
 			VCPUs: []api.VCPU{{ID: 0, TID: tgid + 1, Exits: 1000, Rate: 1000, Time: times, GuestNS: 9e8, GuestPct: 90}},
 			Exits: []api.Exit{exit(0x78, "hlt", 600, 5000), exit(0x7b, "io", 300, 20000), exit(0x72, "cpuid", 90, 1500), exit(0x400, "npf", 10, 2500)},
@@ -157,6 +158,11 @@ func newBackend() *fakeBackend {
 	paused.State, paused.Title = "paused", "The database"
 	owned := domain(1, 100, "web01")
 	owned.Cloud = &api.Cloud{System: "nova", Name: "web", InstanceUUID: *owned.UUID, Project: "shop", ProjectID: "p1", User: "alice", UserID: "u1", Flavor: "m1.large"}
+	past := func(run string, hours int, d api.Domain) api.Domain {
+		d.ID, d.TGID, d.State, d.Level, d.Run = nil, 0, "shut off", "off", &run
+		d.Since = ptr(since.Add(time.Duration(hours-9) * time.Hour))
+		return d
+	}
 	at := time.Date(2026, 1, 2, 15, 4, 5, 678901234, time.UTC)
 	return &fakeBackend{
 		exits: []api.LoggedExit{
@@ -169,7 +175,10 @@ func newBackend() *fakeBackend {
 		domains: []api.Domain{
 			{Name: "archive", UUID: ptr("11111111-2222-3333-4444-555555555555"), State: "shut off", Source: "libvirt"},
 			paused, owned,
-			{Name: "twin", State: "shut off"}, {Name: "twin", State: "shut off"},
+			past("80-4000", 1, owned), past("90-5000", 2, owned),
+			{Name: "twin", UUID: ptr("11111111-2222-3333-4444-666666666666"), State: "shut off"}, {Name: "twin", State: "shut off"},
+			{Name: "by hand", State: "shut off", Run: ptr("70-3000"), Since: ptr(since.Add(-time.Minute)), Count: 7},
+			{Name: "by hand", State: "shut off", Run: ptr("71-3100"), Since: ptr(since.Add(-time.Second)), Count: 8},
 		},
 	}
 }
@@ -212,6 +221,9 @@ func TestRun(t *testing.T) {
 	}{
 		{name: "list", args: "list", golden: "list.txt"},
 		{name: "list all", args: "list --all", golden: "list-all.txt"},
+		{name: "list runs", args: "list --runs", golden: "list-runs.txt"},
+		{name: "list runs and titles", args: "list --runs --title", golden: "list-runs-title.txt"},
+		{name: "list runs csv", args: "list --runs --format csv", golden: "list-runs.csv"},
 		{name: "list csv", args: "list --format csv", golden: "list.csv"},
 		{name: "list json", args: "list --format=json", golden: "list.json"},
 		{name: "list title and owner", args: "list --all --title --owner", golden: "list-owner.txt"},
@@ -264,7 +276,10 @@ func TestRun(t *testing.T) {
 
 		{name: "unknown domain", args: "report web99", code: 1, stderr: "error: failed to get domain 'web99'\n"},
 		{name: "ugly unknown domain", args: "report \x1b[31m\n", code: 1, stderr: `error: failed to get domain '\x1b[31m\n'` + "\n"},
-		{name: "ambiguous", args: "report twin", code: 1, stderr: "error: more than one domain is called 'twin': use the id or the uuid\n"},
+		{name: "ambiguous", args: "report twin", code: 1, stderr: "error: more than one domain is called 'twin': use the id, the uuid or the run\n"},
+		{name: "report of the latest run", args: "report --total by_hand", golden: "report-latest.txt"},
+		{name: "report of a past run", args: "report --total 80-4000", golden: "report-past.txt"},
+		{name: "report of runs csv", args: "report --total 80-4000 90-5000 --format csv", golden: "report-runs.csv"},
 		{name: "backend error", args: "off", with: func(b *fakeBackend) { b.status.Kernel = "broken" }, code: 1, stderr: `error: netlink: \x1b[31mno such family` + "\n"},
 		{name: "no daemon", args: "--socket /no/sock status", code: 1, stderr: "error: cannot connect to virtexitd at '/no/sock': no such file: is the daemon running?\n"},
 		{name: "completion without daemon", args: "__complete --socket /no/sock report ", golden: "complete-none.txt", stderr: "Completion ended with directive: ShellCompDirectiveNoFileComp\n"},

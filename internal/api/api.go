@@ -70,7 +70,8 @@ type Libvirt struct {
 
 // Domains is the answer to GET /v1/domains. Counts and times are totals; rates
 // and percentages are those over the daemon's latest sampling period in which
-// it counted.
+// it counted. A domain is there once for each of its runs, that is processes,
+// that is known, and once where none is: see Latest.
 type Domains struct {
 	Schema string `json:"schema"`
 	// Seq is the number of that period. It grows by one with each, and begins
@@ -81,7 +82,7 @@ type Domains struct {
 	Domains     []Domain  `json:"domains"`
 }
 
-// OneDomain is the answer to GET /v1/domains/{id|name|uuid}.
+// OneDomain is the answer to GET /v1/domains/{id|name|uuid|run}.
 type OneDomain struct {
 	Schema string `json:"schema"`
 	Domain
@@ -97,11 +98,12 @@ type Report struct {
 	Domains    []Domain  `json:"domains"`
 }
 
-// Domain is one guest with its counts.
+// Domain is one guest with the counts of one run.
 type Domain struct {
 	ID     *int       `json:"id"` // libvirt's; null when not running under libvirt
 	Name   string     `json:"name"`
 	UUID   *string    `json:"uuid"` // null when unknown
+	Run    *string    `json:"run"`  // its process, among all that ever were; null when none is known
 	TGID   int        `json:"tgid"` // 0 when not running
 	State  string     `json:"state"`
 	Source string     `json:"source"` // what named it: "libvirt", "rundir", "proc", "process"

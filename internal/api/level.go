@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// DomainLevel is the body of PUT /v1/domains/{id|name|uuid}/level, and, with
+// DomainLevel is the body of PUT /v1/domains/{id|name|uuid|run}/level, and, with
 // all fields set, the answer to GET and PUT.
 type DomainLevel struct {
 	Schema string `json:"schema,omitempty"`

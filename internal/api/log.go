@@ -4,14 +4,14 @@ package api
 
 import "time"
 
-// LogQuery holds the parameters of GET /v1/domains/{id|name|uuid}/log.
+// LogQuery holds the parameters of GET /v1/domains/{id|name|uuid|run}/log.
 type LogQuery struct {
 	VCPU   *int   // this one alone
 	Reason string // this one alone, by its name, in whatever case
 	Limit  int    // the latest of these; 0: all, or none when followed
 }
 
-// Log is the answer to GET /v1/domains/{id|name|uuid}/log: the exits that are
+// Log is the answer to GET /v1/domains/{id|name|uuid|run}/log: the exits that are
 // kept, some hundred for each vCPU.
 type Log struct {
 	Schema  string       `json:"schema"`

@@ -450,7 +450,7 @@ func TestReport(t *testing.T) {
 			Time:       time.Now().Round(time.Millisecond),
 			IntervalNS: 2e9,
 			Domains: []api.Domain{{
-				ID: ptr(1), Name: "web", UUID: ptr("00000000-0000-0000-0000-000000000001"), TGID: 1, State: "running", Source: "libvirt",
+				ID: ptr(1), Name: "web", UUID: ptr("00000000-0000-0000-0000-000000000001"), Run: ptr("1-1"), TGID: 1, State: "running", Source: "libvirt",
 				Level: "time", Since: &since, WallNS: 2e9, SpanNS: 2e9, Count: 400, Rate: 200,
 				Time: half(400_000), TimePct: api.TimePct{Guest: 50, KVM: 50}, GuestNS: 200_000, GuestPct: 50,
 				VCPUs: []api.VCPU{

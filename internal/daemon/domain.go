@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"time"
 
@@ -44,11 +45,18 @@ func (d *Daemon) list(view *ledger.View, pick func(*ledger.Total) (counts, rates
 	return domains
 }
 
-// inProc is the process in the precision of /proc, where time passes in steps
-// of 10 ms.
+const procTick = uint64(10 * time.Millisecond) // time passes in such steps in /proc
+
+// inProc is the process in the precision of /proc.
 func inProc(p snapshot.Process) snapshot.Process {
-	p.Start -= p.Start % uint64(10*time.Millisecond)
+	p.Start -= p.Start % procTick
 	return p
+}
+
+// runOf names a process. What ended before the host booted began before that,
+// which the ledger keeps modulo 2^64.
+func runOf(p snapshot.Process) string {
+	return fmt.Sprintf("%d-%d", p.TGID, int64(p.Start)/int64(procTick))
 }
 
 // running tells of the domains that are reported when none is named.
@@ -106,6 +114,14 @@ func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates 
 		if c.Pod != "" {
 			out.Container.Pod = &c.Pod
 		}
+	}
+	p := snapshot.Process{TGID: identity.TGID, Start: identity.Start}
+	if counts != nil {
+		p = counts.Process
+	}
+	if p.TGID != 0 {
+		run := runOf(p)
+		out.Run = &run
 	}
 	if counts != nil {
 		since := d.wall(counts.Since)

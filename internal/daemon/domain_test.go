@@ -32,7 +32,8 @@ func TestDomain(t *testing.T) {
 	view := &ledger.View{TickHz: tickHz}
 	counted := func(level snapshot.Level) *ledger.Total {
 		return &ledger.Total{
-			Wall: 10 * second, Span: 2 * second, Level: level, Exits: 30, Times: times(3),
+			Process: snapshot.Process{TGID: 1, Start: 71*procTick - 1},
+			Wall:    10 * second, Span: 2 * second, Level: level, Exits: 30, Times: times(3),
 			VCPUs: []ledger.VCPU{{ID: 0, TID: 10, Exits: 10, Times: times(1)}, {ID: 4, TID: 14, Exits: 20, Times: times(2)}},
 			Rows: []ledger.Row{{ISA: exitreason.SVM, Row: snapshot.Row{
 				Code: 0x7b, Count: 30, Time: us(90), User: us(30), Max: us(4), Hist: snapshot.Hist{3: 30},
@@ -46,13 +47,13 @@ func TestDomain(t *testing.T) {
 			{ID: 4, TID: 14, Times: snapshot.Times{Guest: us(25), Halted: us(25)}}},
 		Rows: []ledger.Row{{ISA: exitreason.SVM, Row: snapshot.Row{Code: 0x7b, Count: 5}}},
 	}
-	identity := vmmap.Domain{Name: "web", TGID: 1, State: vmmap.Running, VCPUs: map[int]int{10: 0, 14: 1, 99: 2},
+	identity := vmmap.Domain{Name: "web", TGID: 1, Start: 70 * procTick, State: vmmap.Running, VCPUs: map[int]int{10: 0, 14: 1, 99: 2},
 		Metadata: vmmap.Metadata{Title: "Web", Description: "d", Cloud: &vmmap.Cloud{System: "nova", Name: "n", InstanceUUID: "i", Namespace: "s",
 			Project: "p", ProjectID: "pi", User: "u", UserID: "ui", Flavor: "f"}}}
 	cloud := &api.Cloud{System: "nova", Name: "n", InstanceUUID: "i", Namespace: "s", Project: "p", ProjectID: "pi", User: "u", UserID: "ui", Flavor: "f"}
 	whole := func(change func(*api.Domain)) api.Domain {
 		d := api.Domain{
-			Name: "web", Title: "Web", Description: "d", Cloud: cloud, TGID: 1, State: "running", Level: "time",
+			Name: "web", Run: ptr("1-70"), Title: "Web", Description: "d", Cloud: cloud, TGID: 1, State: "running", Level: "time",
 			WallNS: 10e9, SpanNS: 2e9, Count: 30, Rate: 10,
 			Time: apiTimes(3), TimePct: api.TimePct{Guest: 75, Halted: 25}, GuestNS: 120_000, GuestPct: 75,
 			VCPUs: []api.VCPU{
@@ -85,7 +86,7 @@ func TestDomain(t *testing.T) {
 			d.Exits[0].Rate = 0
 		})},
 		{"never counted", nil, nil, api.Domain{
-			Name: "web", Title: "Web", Description: "d", Cloud: cloud, TGID: 1, State: "running", Level: "off", VCPUs: []api.VCPU{{ID: 0, TID: 10}, {ID: 1, TID: 14}, {ID: 2, TID: 99}},
+			Name: "web", Run: ptr("1-70"), Title: "Web", Description: "d", Cloud: cloud, TGID: 1, State: "running", Level: "off", VCPUs: []api.VCPU{{ID: 0, TID: 10}, {ID: 1, TID: 14}, {ID: 2, TID: 99}},
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -59,7 +59,7 @@ func listCSV(w io.Writer, d api.Domains, o ListOptions) error {
 		owner = []string{"cloud", "cloud_name", "instance_uuid", "namespace", "project", "project_id", "user", "user_id", "flavor"}
 	}
 	rows := [][]string{slices.Concat(
-		[]string{"id", "name", "uuid", "tgid", "state", "source", "level", "since", "vcpus", "wall_ns", "span_ns", "count", "rate"}, timesHeader,
+		[]string{"id", "name", "uuid", "run", "tgid", "state", "source", "level", "since", "vcpus", "wall_ns", "span_ns", "count", "rate"}, timesHeader,
 		[]string{"guest_pct", "kvm_pct", "user_pct", "poll_pct", "halted_pct", "wait_pct", "outside_pct", "top_reasons"}, title, owner)}
 	for i := range d.Domains {
 		d := &d.Domains[i]
@@ -79,14 +79,14 @@ func listCSV(w io.Writer, d api.Domains, o ListOptions) error {
 		}
 		p := d.TimePct
 		rows = append(rows, slices.Concat(
-			values(d.ID, d.Name, d.UUID, d.TGID, d.State, d.Source, d.Level, d.Since, len(d.VCPUs), d.WallNS, d.SpanNS, d.Count, d.Rate),
+			values(d.ID, d.Name, d.UUID, d.Run, d.TGID, d.State, d.Source, d.Level, d.Since, len(d.VCPUs), d.WallNS, d.SpanNS, d.Count, d.Rate),
 			timesValues(d.Time), values(p.Guest, p.KVM, p.User, p.Poll, p.Halted, p.Wait, p.Outside, top), title, owner))
 	}
 	return csv.NewWriter(w).WriteAll(rows)
 }
 
 func reasonsCSV(w io.Writer, r api.Report, limit int) error {
-	rows := [][]string{{"id", "name", "uuid", "wall_ns", "span_ns", "isa", "code", "reason", "count", "rate", "share", "time_ns", "user_ns", "mean_ns", "p50_ns", "p99_ns", "max_ns"}}
+	rows := [][]string{{"id", "name", "uuid", "run", "wall_ns", "span_ns", "isa", "code", "reason", "count", "rate", "share", "time_ns", "user_ns", "mean_ns", "p50_ns", "p99_ns", "max_ns"}}
 	for i := range r.Domains {
 		d := &r.Domains[i]
 		for _, e := range top(d.Exits, limit) {
@@ -94,7 +94,7 @@ func reasonsCSV(w io.Writer, r api.Report, limit int) error {
 			if e.ISA == "" { // the sum of several
 				code = ""
 			}
-			rows = append(rows, values(d.ID, d.Name, d.UUID, d.WallNS, d.SpanNS, e.ISA, code, e.Reason, e.Count, e.Rate, e.Share,
+			rows = append(rows, values(d.ID, d.Name, d.UUID, d.Run, d.WallNS, d.SpanNS, e.ISA, code, e.Reason, e.Count, e.Rate, e.Share,
 				e.TimeNS, e.UserNS, e.MeanNS, e.P50NS, e.P99NS, e.MaxNS))
 		}
 	}
@@ -102,12 +102,12 @@ func reasonsCSV(w io.Writer, r api.Report, limit int) error {
 }
 
 func vcpusCSV(w io.Writer, r api.Report) error {
-	rows := [][]string{slices.Concat([]string{"id", "name", "uuid", "wall_ns", "span_ns", "vcpu", "tid", "exits", "rate"}, timesHeader, []string{"guest_pct"})}
+	rows := [][]string{slices.Concat([]string{"id", "name", "uuid", "run", "wall_ns", "span_ns", "vcpu", "tid", "exits", "rate"}, timesHeader, []string{"guest_pct"})}
 	for i := range r.Domains {
 		d := &r.Domains[i]
 		for _, v := range d.VCPUs {
 			rows = append(rows, slices.Concat(
-				values(d.ID, d.Name, d.UUID, d.WallNS, d.SpanNS, v.ID, v.TID, v.Exits, v.Rate), timesValues(v.Time), values(v.GuestPct)))
+				values(d.ID, d.Name, d.UUID, d.Run, d.WallNS, d.SpanNS, v.ID, v.TID, v.Exits, v.Rate), timesValues(v.Time), values(v.GuestPct)))
 		}
 	}
 	return csv.NewWriter(w).WriteAll(rows)

@@ -111,6 +111,9 @@ func heading(w io.Writer, d *api.Domain) {
 	if d.UUID != nil {
 		fmt.Fprintf(w, ", uuid %s", Clean(*d.UUID))
 	}
+	if d.Run != nil && !d.Running() {
+		fmt.Fprintf(w, ", past run %s", Clean(*d.Run))
+	}
 	fmt.Fprintln(w)
 }
 
@@ -234,6 +237,8 @@ type ListOptions struct {
 	// Collecting tells that counts move. Otherwise rates and shares of the time
 	// are not known.
 	Collecting bool
+	// Runs has a table tell a domain's runs apart, instead of what they do now.
+	Runs bool
 	// Title and Owner add columns to tables and CSV; JSON has all of them.
 	Title, Owner bool
 }
@@ -248,6 +253,9 @@ func List(w io.Writer, d api.Domains, o ListOptions) error {
 	}
 	columns := append([]column{{title: "Id"}, {title: "Name", least: 17}, {title: "State"}, {title: "Exits/s", right: true}}, shares...)
 	columns = append(columns, column{title: "Top", least: 7, list: true, spare: true})
+	if o.Runs {
+		columns = append(columns[:3:3], column{title: "Run"}, column{title: "Since", spare: true}, column{title: "Exits", right: true, spare: true})
+	}
 	if o.Title || o.Owner {
 		for i := range columns[4:] { // what was asked for goes before them
 			columns[4+i].spare = true
@@ -271,6 +279,16 @@ func List(w io.Writer, d api.Domains, o ListOptions) error {
 			exits, pct = brief(d.Rate), d.TimePct
 		}
 		row := append(append([]string{id, d.Name, d.State, exits}, cells(pct)...), topReasons(d))
+		if o.Runs {
+			run, since, exits := none, none, none
+			if d.Run != nil {
+				run = *d.Run
+			}
+			if d.Since != nil {
+				since, exits = d.Since.Local().Format(time.DateTime), count(d.Count)
+			}
+			row = append(row[:3], run, since, exits)
+		}
 		if o.Title {
 			row = append(row, cmp.Or(title(d), none))
 		}

@@ -56,7 +56,7 @@ func exit(isa string, code uint32, reason string, count, of, mean uint64) api.Ex
 
 func web() api.Domain {
 	d := api.Domain{
-		ID: ptr(3), Name: "web01", UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa0"), TGID: 4711, State: "running", Source: "libvirt", Level: "time",
+		ID: ptr(3), Name: "web01", UUID: ptr("4dea22b3-1d52-d8f3-2516-782e98ab3fa0"), Run: ptr("4711-90210"), TGID: 4711, State: "running", Source: "libvirt", Level: "time",
 		Since: &since, WallNS: 1000123456, SpanNS: 1000123456, Count: 20000, Rate: 19997.531,
 		VCPUs: []api.VCPU{
 			vcpu(0, 4715, 12000, api.Times{GuestNS: 880000000, KVMNS: 90345678, UserNS: 20000000, PollNS: 2000000, HaltedNS: 7777778, WaitNS: 9, OutsideNS: 0}),
@@ -340,7 +340,7 @@ func TestLimitKeepsSums(t *testing.T) {
 		}
 		var sum uint64
 		for _, row := range rows[1:] {
-			n, err := strconv.ParseUint(row[8], 10, 64)
+			n, err := strconv.ParseUint(row[9], 10, 64)
 			if err != nil {
 				t.Fatal(err)
 			}

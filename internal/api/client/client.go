@@ -127,14 +127,14 @@ func (c *Client) Domains(ctx context.Context) (api.Domains, error) {
 	return a, err
 }
 
-// Domain returns the domain with this id, name or uuid.
+// Domain returns the domain with this id, uuid, name or run.
 func (c *Client) Domain(ctx context.Context, domain string) (api.OneDomain, error) {
 	var a api.OneDomain
 	err := c.do(ctx, http.MethodGet, domainPath(domain, ""), nil, c.patience, &a)
 	return a, err
 }
 
-// Report returns what the domains, named by id, name or uuid, do during an
+// Report returns what the domains, by id, uuid, name or run, do during an
 // interval from now on, or their totals when interval is 0. Without names it
 // is about all running domains.
 func (c *Client) Report(ctx context.Context, domains []string, interval time.Duration) (api.Report, error) {

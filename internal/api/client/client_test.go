@@ -209,7 +209,7 @@ func TestDecode(t *testing.T) {
 		{name: "not found", status: 404, body: `{"schema":"virtexit/v1","error":"?","domain":"x"}`, wantErr: "failed to get domain 'x'"},
 		{name: "empty name not found", status: 404, body: `{"schema":"virtexit/v1","error":"?","domain":""}`, wantErr: "failed to get domain ''"},
 		{name: "path not found", status: 404, body: `{"schema":"virtexit/v1","error":"no such path"}`, wantErr: "no such path"},
-		{name: "ambiguous", status: 409, body: `{"schema":"virtexit/v1","error":"?","domain":"x"}`, wantErr: "more than one domain is called 'x': use the id or the uuid"},
+		{name: "ambiguous", status: 409, body: `{"schema":"virtexit/v1","error":"?","domain":"x"}`, wantErr: "more than one domain is called 'x': use the id, the uuid or the run"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var got api.Status

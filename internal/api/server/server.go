@@ -509,14 +509,14 @@ func tidy(domains []api.Domain, only selection, sort bool) []api.Domain {
 	}
 	if sort {
 		slices.SortStableFunc(domains, func(a, b api.Domain) int {
-			return cmp.Or(byID(a.ID, b.ID), cmp.Compare(a.Name, b.Name))
+			return cmp.Or(nilLast(a.ID, b.ID, cmp.Compare), cmp.Compare(a.Name, b.Name), nilLast(a.Since, b.Since, latestFirst))
 		})
 	}
 	return domains
 }
 
-// byID puts those without an id last.
-func byID(a, b *int) int {
+// nilLast compares what is known and puts what is not last.
+func nilLast[T any](a, b *T, compare func(a, b T) int) int {
 	switch {
 	case a == nil && b == nil:
 		return 0
@@ -525,5 +525,7 @@ func byID(a, b *int) int {
 	case b == nil:
 		return -1
 	}
-	return cmp.Compare(*a, *b)
+	return compare(*a, *b)
 }
+
+func latestFirst(a, b time.Time) int { return b.Compare(a) }

@@ -204,7 +204,7 @@ func TestReusedPID(t *testing.T) {
 	d := start(t, options{})
 	with := func(tgid int, name string) (running, past []api.Domain) {
 		t.Helper()
-		for _, x := range decode[api.Domains](t, d.ok("list", "--all", "--format", "json")).Domains {
+		for _, x := range decode[api.Domains](t, d.ok("list", "--runs", "--format", "json")).Domains {
 			switch {
 			case x.TGID == tgid:
 				running = append(running, x)
@@ -273,6 +273,18 @@ func TestReusedPID(t *testing.T) {
 	}
 	inside.Eventually(t, "the third is known to be dead", 10*time.Second, func() bool { _, past := with(pid, name); return len(past) == 3 })
 	check(false)
+	if got := asked(counts(d.total(name))); !cmp.Equal(got, want[2]) {
+		t.Errorf("by name: %v, want the latest: %v", got, want[2])
+	}
+	if rows := strings.Count(d.ok("list", "--all"), name); rows != 1 {
+		t.Errorf("the three are listed as %d", rows)
+	}
+	_, past := with(pid, name)
+	for _, x := range past {
+		if got := d.total(*x.Run); !cmp.Equal(counts(got), counts(x)) {
+			t.Errorf("run %s: %v, listed with %v", *x.Run, counts(got), counts(x))
+		}
+	}
 
 	// libvirt's files outlive its guest, and tell of a process that is now another.
 	create(t, domain{name: "old", os: rom(t, "cpuid:500", false)})

@@ -66,6 +66,18 @@ func (l *life) step(what string, goesOn bool, state string, boots uint64, do fun
 	if s := l.d.conserve(); s.Unattributed != 0 || s.Missed != 0 {
 		l.t.Errorf("%s: %+v", what, s)
 	}
+	once := 0
+	for _, x := range decode[api.Domains](l.t, l.d.ok("list", "--all", "--format", "json")).Domains {
+		if x.UUID != nil && *x.UUID == *got.UUID {
+			once++
+			if x.Name != l.name || x.State != state || x.Count < got.Count {
+				l.t.Errorf("%s: listed as %+v, not as %+v", what, x, got)
+			}
+		}
+	}
+	if once != 1 {
+		l.t.Errorf("%s: listed %d times", what, once)
+	}
 	l.was = got
 }
 
@@ -79,12 +91,17 @@ func id(d api.Domain) string {
 // runs are the domain's processes, present and past, by the exits of each.
 func (l *life) runs() (exits []uint64) {
 	l.t.Helper()
-	for _, x := range decode[api.Domains](l.t, l.d.ok("list", "--all", "--format", "json")).Domains {
+	for _, x := range decode[api.Domains](l.t, l.d.ok("list", "--runs", "--format", "json")).Domains {
 		if x.UUID != nil && *x.UUID == *l.was.UUID {
 			if x.Name != l.name {
 				l.t.Errorf("a run is called %q, want %q", x.Name, l.name)
 			}
 			exits = append(exits, counts(x)["cpuid"])
+			if x.Run != nil {
+				if one := l.d.total(*x.Run); one.Count != x.Count || !one.Since.Equal(*x.Since) || one.TGID != x.TGID {
+					l.t.Errorf("run %s: %+v, listed as %+v", *x.Run, one, x)
+				}
+			}
 		}
 	}
 	slices.Sort(exits)
