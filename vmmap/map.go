@@ -64,7 +64,8 @@ type guest struct {
 	vcpus  map[int]int
 	seen   time.Time // alive
 	read   bool      // from /proc; otherwise it was only looked up
-	named  bool      // libvirt once knew it
+	named  bool      // libvirt once knew it,
+	id     *int      // by this id; nil when it was restored
 	wanted bool      // it was looked up, so it waits for Forget
 	dead   bool
 	domain Domain // who it is; the last word once it is dead
@@ -316,7 +317,7 @@ func (m *Map) Restore(p snapshot.Process, d Domain) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.guests[k] == nil {
-		m.guests[k] = &guest{name: d.Name, seen: d.Seen, wanted: true, dead: true, domain: d}
+		m.guests[k] = &guest{name: d.Name, seen: d.Seen, named: d.Source == "libvirt", wanted: true, dead: true, domain: d}
 	}
 }
 
@@ -374,8 +375,10 @@ func (m *Map) join() {
 	m.others = nil
 	for _, r := range m.heard.records {
 		d := Domain{ID: r.id, Name: r.name, UUID: r.uuid, State: r.state, Source: "libvirt", Seen: m.heard.at}
+		gone := false
 		for _, g := range past[r.uuid] {
 			g.domain.Name = r.name
+			gone = gone || r.id != nil && g.id != nil && *g.id == *r.id
 		}
 		if r.metadata != nil {
 			d.Metadata = *r.metadata
@@ -386,7 +389,7 @@ func (m *Map) join() {
 			if g := choose(claimants, r); g != nil {
 				g.adopt(r, m.serving)
 			}
-		case r.id == nil || m.serving:
+		case r.id == nil || m.serving && !gone:
 			m.others = append(m.others, d)
 		case r.persistent:
 			// Its process is gone, which libvirt did not get round to say.
@@ -456,7 +459,7 @@ func (g *guest) identify(k key) {
 // adopt adds what libvirt says of the domain. While it does not answer, the
 // run directory knows the state and the metadata as well.
 func (g *guest) adopt(r record, serving bool) {
-	g.named = true
+	g.named, g.id = true, r.id
 	g.domain.ID, g.domain.Source = r.id, "libvirt"
 	if !serving && g.run != nil {
 		return

@@ -308,25 +308,41 @@ func TestRestore(t *testing.T) {
 	h.expect(gone, "qemu", last, true)
 	h.Restore(vm1, last)
 	h.expect(vm1, "qemu", was, true)
+	h.libvirt.listing.Store(&listing{records: []record{{nil, "renamed", uuid1, ShutOff, true, nil}}})
+	last.Name = "renamed"
+	h.expect(gone, "qemu", last, true)
 	h.Forget(gone)
 	h.expect(gone, "qemu", Domain{Name: "qemu-4711", TGID: 4711, Start: vm1Start, State: Running, Source: "process"}, false)
 }
 
-// A guest dies while libvirt does not answer, so that libvirt still lists it.
+// A guest dies and libvirt still lists it, as it does not answer or did not get
+// round to tell.
 func TestDeathUnheard(t *testing.T) {
-	h := newHost(t, said(errors.New("down"), records...))
-	h.refresh()
-	h.remove("proc/201", "proc/224")
-	h.refresh()
-	got := make(map[string]Domain)
-	for _, d := range h.Domains() {
-		got[d.Name] = d
-	}
-	if d := got["vm1"]; d.State != ShutOff || d.ID != nil || d.Source != "libvirt" {
-		t.Errorf("persistent: %+v", d)
-	}
-	if d, ok := got[web]; ok {
-		t.Errorf("transient: %+v", d)
+	for name, down := range map[string]error{"down": errors.New("down"), "late": nil} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t, said(down, records...))
+			h.refresh()
+			h.remove("proc/201", "proc/224")
+			h.refresh()
+			list := func() map[string]Domain {
+				got := make(map[string]Domain)
+				for _, d := range h.Domains() {
+					got[d.Name] = d
+				}
+				return got
+			}
+			if d := list()["vm1"]; d.State != ShutOff || d.ID != nil || d.Source != "libvirt" {
+				t.Errorf("persistent: %+v", d)
+			}
+			if d, ok := list()[web]; ok {
+				t.Errorf("transient: %+v", d)
+			}
+			// It was started again, and no process of it has been seen yet.
+			h.libvirt.listing.Store(&listing{records: []record{{id(7), "vm1", uuid1, Running, true, nil}}})
+			if d := list()["vm1"]; d.State != Running || d.ID == nil || *d.ID != 7 || d.TGID != 0 {
+				t.Errorf("started again: %+v", d)
+			}
+		})
 	}
 }
 
