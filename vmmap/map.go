@@ -62,6 +62,7 @@ type guest struct {
 	cloud  *Cloud  // as KubeVirt started it
 	run    *status // nil when no run directory told of it
 	vcpus  map[int]int
+	ended  map[int]int
 	seen   time.Time // alive
 	read   bool      // from /proc; otherwise it was only looked up
 	named  bool      // libvirt once knew it,
@@ -243,6 +244,7 @@ func (m *Map) add(k key, g guest) {
 		old.run = g.run
 	}
 	if len(g.vcpus) > 0 {
+		old.ended = ended(old.ended, old.vcpus, g.vcpus)
 		old.vcpus = g.vcpus
 	}
 }
@@ -317,7 +319,7 @@ func (m *Map) Restore(p snapshot.Process, d Domain) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.guests[k] == nil {
-		m.guests[k] = &guest{name: d.Name, seen: d.Seen, named: d.Source == "libvirt", wanted: true, dead: true, domain: d}
+		m.guests[k] = &guest{name: d.Name, seen: d.Seen, named: d.Source == "libvirt", vcpus: d.VCPUs, ended: d.Ended, wanted: true, dead: true, domain: d}
 	}
 }
 
@@ -436,6 +438,7 @@ func (g *guest) identify(k key) {
 		State:  Running,
 		Source: "process",
 		VCPUs:  g.vcpus,
+		Ended:  g.ended,
 		Seen:   g.seen,
 
 		Container: g.where,

@@ -538,12 +538,30 @@ func TestHotplug(t *testing.T) {
 	}
 	touch()
 	h.refresh()
-	h.replace(file, "<vcpu id='1' pid='207'/>", "<vcpu id='1' pid='207'/><vcpu id='2' pid='299'/>")
-	touch()
-	h.refresh()
-	got, _ := h.Lookup(vm1, "")
-	if diff := cmp.Diff(map[int]int{206: 0, 207: 1, 299: 2}, got.VCPUs); diff != "" {
-		t.Errorf("(-want +got)\n%s", diff)
+	for _, step := range []struct {
+		old, new    string
+		vcpus, gone map[int]int
+	}{
+		{"<vcpu id='1' pid='207'/>", "<vcpu id='1' pid='207'/><vcpu id='2' pid='299'/>", map[int]int{206: 0, 207: 1, 299: 2}, nil},
+		{"<vcpu id='1' pid='207'/>", "", map[int]int{206: 0, 299: 2}, map[int]int{207: 1}},
+		{"<vcpu id='2' pid='299'/>", "<vcpu id='1' pid='300'/>", map[int]int{206: 0, 300: 1}, map[int]int{207: 1, 299: 2}},
+		{"<vcpu id='1' pid='300'/>", "<vcpu id='1' pid='299'/>", map[int]int{206: 0, 299: 1}, map[int]int{207: 1, 300: 1}},
+	} {
+		h.replace(file, step.old, step.new)
+		touch()
+		h.refresh()
+		got, _ := h.Lookup(vm1, "")
+		if diff := cmp.Diff([]map[int]int{step.vcpus, step.gone}, []map[int]int{got.VCPUs, got.Ended}); diff != "" {
+			t.Errorf("%s: alive, ended (-want +got)\n%s", step.new, diff)
+		}
+	}
+	was, _ := h.Lookup(vm1, "")
+	later := newHost(t, nil) // of which the first threads are alive again
+	later.Restore(vm1, was)
+	later.refresh()
+	got, _ := later.Lookup(vm1, "")
+	if diff := cmp.Diff(map[int]int{299: 1, 300: 1}, got.Ended); diff != "" {
+		t.Errorf("ended while nobody looked (-want +got)\n%s", diff)
 	}
 }
 

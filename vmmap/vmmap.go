@@ -17,7 +17,10 @@
 // by [Libvirt.Run] alone: nothing else here waits for it.
 package vmmap
 
-import "time"
+import (
+	"maps"
+	"time"
+)
 
 // Domain is a guest. A guest that libvirt does not know is a domain too, named
 // by its process's arguments or after its process.
@@ -30,11 +33,33 @@ type Domain struct {
 	State  State       // [ShutOff] once the process has died
 	Source string      // what named it: "libvirt", "rundir", "proc", "process"
 	VCPUs  map[int]int // tid -> vCPU number: libvirt's from the run directory, else KVM's from debugfs; nil when neither knows
+	Ended  map[int]int // the same of threads that ended before the process: their vCPUs were unplugged, whether or not they came back
 	Seen   time.Time   // when this was last known to be true
 
 	Container *Container // nil when the process lives on the host itself
 
 	Metadata // libvirt's or the run directory's
+}
+
+// VCPU returns the number of the vCPU that a thread runs or ran, if it is known.
+func (d *Domain) VCPU(tid int) (number int, known bool) {
+	if number, known = d.VCPUs[tid]; !known {
+		number, known = d.Ended[tid]
+	}
+	return number, known
+}
+
+// ended returns the threads that have ended: those before, and of the last ones
+// those that are not among those of now.
+func ended(before, last, now map[int]int) map[int]int {
+	all := make(map[int]int)
+	maps.Copy(all, before)
+	maps.Copy(all, last)
+	maps.DeleteFunc(all, func(tid, _ int) bool { _, alive := now[tid]; return alive })
+	if len(all) == 0 {
+		return nil
+	}
+	return all
 }
 
 // State is a domain's state in libvirt's words.

@@ -153,7 +153,7 @@ type Cloud struct {
 // VCPU is one virtual CPU.
 type VCPU struct {
 	ID       int     `json:"id"`
-	TID      int     `json:"tid"` // the thread that ran it last
+	TID      int     `json:"tid"` // the thread that runs it; 0 when none does, as after it was unplugged
 	Exits    uint64  `json:"exits"`
 	Rate     float64 `json:"rate"`
 	Time     Times   `json:"time"`

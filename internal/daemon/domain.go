@@ -137,26 +137,35 @@ func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates 
 		}
 		out.Exits = exits(view, counts, rates)
 	}
-	out.VCPUs = vcpus(view, identity.VCPUs, counts, rates)
+	out.VCPUs = vcpus(view, &identity, counts, rates)
 	return out
 }
 
 // vcpus returns the vCPUs by number: libvirt's where the thread is known to
-// libvirt, otherwise KVM's.
-func vcpus(view *ledger.View, numbers map[int]int, counts, rates *ledger.Total) []api.VCPU {
+// libvirt, otherwise KVM's. As these may differ, two can have one number while a
+// vCPU is too new for libvirt's to be known; they are kept apart.
+func vcpus(view *ledger.View, identity *vmmap.Domain, counts, rates *ledger.Total) []api.VCPU {
 	type vcpu struct {
 		api.VCPU
 		total, recent snapshot.Times
 	}
-	byID := make(map[int]*vcpu)
-	get := func(tid, id int) *vcpu {
-		if n, ok := numbers[tid]; ok {
-			id = n
+	type number struct {
+		n     int
+		known bool
+	}
+	byNumber := make(map[number]*vcpu)
+	get := func(tid, kvm int) *vcpu {
+		id := number{n: kvm}
+		if n, ok := identity.VCPU(tid); ok {
+			id = number{n, true}
 		}
-		v := byID[id]
+		v := byNumber[id]
 		if v == nil {
-			v = &vcpu{VCPU: api.VCPU{ID: id, TID: tid}}
-			byID[id] = v
+			v = &vcpu{VCPU: api.VCPU{ID: id.n}}
+			byNumber[id] = v
+		}
+		if _, gone := identity.Ended[tid]; !gone && identity.TGID != 0 {
+			v.TID = tid
 		}
 		return v
 	}
@@ -172,16 +181,16 @@ func vcpus(view *ledger.View, numbers map[int]int, counts, rates *ledger.Total) 
 			v.recent = v.recent.Add(r.Times)
 		}
 	}
-	for tid, n := range numbers { // those that took no exit
+	for tid, n := range identity.VCPUs { // those that took no exit
 		get(tid, n)
 	}
-	list := make([]api.VCPU, 0, len(byID))
-	for _, v := range byID {
+	list := make([]api.VCPU, 0, len(byNumber))
+	for _, v := range byNumber {
 		v.Time = times(v.total, view.TickHz)
 		v.GuestNS, v.GuestPct = v.Time.GuestNS, times(v.recent, view.TickHz).Pct().Guest
 		list = append(list, v.VCPU)
 	}
-	slices.SortFunc(list, func(a, b api.VCPU) int { return cmp.Compare(a.ID, b.ID) })
+	slices.SortFunc(list, func(a, b api.VCPU) int { return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(a.TID, b.TID)) })
 	return list
 }
 

@@ -102,3 +102,35 @@ func TestDomain(t *testing.T) {
 		})
 	}
 }
+
+func TestVCPUs(t *testing.T) {
+	counts := &ledger.Total{VCPUs: []ledger.VCPU{{ID: 0, TID: 10, Exits: 1}, {ID: 4, TID: 14, Exits: 2}, {ID: 5, TID: 15, Exits: 3}}}
+	type vcpu struct {
+		id, tid int
+		exits   uint64
+	}
+	for _, tt := range []struct {
+		name     string
+		identity vmmap.Domain
+		want     []vcpu
+	}{
+		{"nobody knows", vmmap.Domain{TGID: 1}, []vcpu{{0, 10, 1}, {4, 14, 2}, {5, 15, 3}}},
+		{"libvirt's numbers", vmmap.Domain{TGID: 1, VCPUs: map[int]int{10: 0, 14: 3, 15: 4}}, []vcpu{{0, 10, 1}, {3, 14, 2}, {4, 15, 3}}},
+		{"no exit yet", vmmap.Domain{TGID: 1, VCPUs: map[int]int{10: 0, 14: 3, 15: 4, 16: 5}}, []vcpu{{0, 10, 1}, {3, 14, 2}, {4, 15, 3}, {5, 16, 0}}},
+		{"too new, and KVM's number is another's", vmmap.Domain{TGID: 1, VCPUs: map[int]int{10: 0, 15: 4}}, []vcpu{{0, 10, 1}, {4, 14, 2}, {4, 15, 3}}},
+		{"unplugged", vmmap.Domain{TGID: 1, VCPUs: map[int]int{10: 0, 15: 4}, Ended: map[int]int{14: 3}}, []vcpu{{0, 10, 1}, {3, 0, 2}, {4, 15, 3}}},
+		{"came back, no exit yet", vmmap.Domain{TGID: 1, VCPUs: map[int]int{10: 0, 15: 4, 16: 3}, Ended: map[int]int{14: 3}}, []vcpu{{0, 10, 1}, {3, 16, 2}, {4, 15, 3}}},
+		{"came back", vmmap.Domain{TGID: 1, VCPUs: map[int]int{10: 0, 14: 3, 15: 4}, Ended: map[int]int{13: 3}}, []vcpu{{0, 10, 1}, {3, 14, 2}, {4, 15, 3}}},
+		{"does not run", vmmap.Domain{VCPUs: map[int]int{10: 0, 15: 4}, Ended: map[int]int{14: 3}}, []vcpu{{0, 0, 1}, {3, 0, 2}, {4, 0, 3}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var got []vcpu
+			for _, v := range vcpus(&ledger.View{TickHz: tickHz}, &tt.identity, counts, counts) {
+				got = append(got, vcpu{v.ID, v.TID, v.Exits})
+			}
+			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(vcpu{})); diff != "" {
+				t.Errorf("(-want +got)\n%s", diff)
+			}
+		})
+	}
+}

@@ -93,7 +93,7 @@ func (l *log) read(present bool) (reading, error) {
 			continue
 		}
 		vcpu := s.VCPU
-		if n, ok := identity.VCPUs[s.TID]; ok { // libvirt's word
+		if n, ok := identity.VCPU(s.TID); ok { // libvirt's word
 			vcpu = n
 		}
 		if l.query.VCPU != nil && *l.query.VCPU != vcpu {

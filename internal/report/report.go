@@ -219,7 +219,11 @@ func vcpus(d *api.Domain) *table {
 		{title: "Share", right: true, spare: true},
 	}, shares...)}
 	for _, v := range d.VCPUs {
-		t.add(append([]string{fmt.Sprint(v.ID), fmt.Sprint(v.TID), count(v.Exits), rate(v.Rate), share(v.Exits, d.Count)}, cells(v.Time.Pct())...)...)
+		tid := none
+		if v.TID != 0 {
+			tid = fmt.Sprint(v.TID)
+		}
+		t.add(append([]string{fmt.Sprint(v.ID), tid, count(v.Exits), rate(v.Rate), share(v.Exits, d.Count)}, cells(v.Time.Pct())...)...)
 	}
 	return t
 }
