@@ -280,9 +280,12 @@ func lockedCache(name string) (dir string, unlock func(), err error) {
 	return dir, func() { lock.Close() }, nil
 }
 
-// closure lists the files of the named modules and of all that they need, in the order of insertion. Modules that are
+// Closure lists the files of the named modules and of all that they need, in the order of insertion. Modules that are
 // part of the kernel image need no file.
-func (k Kernel) closure(modules []string) ([]string, error) {
+func (k Kernel) Closure(modules []string) ([]string, error) {
+	if len(modules) == 0 {
+		return nil, nil
+	}
 	args := append([]string{"-d", k.Dir, "-S", k.Release, "-a", "--show-depends", "--"}, modules...)
 	cmd := exec.Command(tool("modprobe"), args...)
 	cmd.Env = append(os.Environ(), "MODPROBE_OPTIONS=")

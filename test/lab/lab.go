@@ -256,7 +256,7 @@ func (m *machine) writeInitramfs() error {
 		config["tty"] = "yes"
 	}
 	if len(modules) > 0 {
-		files, err := m.kernel.closure(modules)
+		files, err := m.kernel.Closure(modules)
 		if err != nil {
 			return err
 		}
@@ -312,8 +312,8 @@ func AddBusybox(a *Archive) error {
 }
 
 // WriteGuest writes an initramfs with busybox and a shell script for an init, for guests of the machine that boot a kernel.
-// The script finds /proc, /sys and /dev mounted.
-func WriteGuest(path, script string) error {
+// The script finds /proc, /sys and /dev mounted, and the modules inserted whose files are given, in this order.
+func WriteGuest(path, script string, modules ...string) error {
 	f, err := os.Create(path)
 	if err != nil {
 		return err
@@ -323,8 +323,13 @@ func WriteGuest(path, script string) error {
 	if err := AddBusybox(a); err != nil {
 		return err
 	}
-	const mounts = "#!/bin/sh\nmkdir -p /proc /sys /dev\nmount -t proc p /proc\nmount -t sysfs s /sys\nmount -t devtmpfs d /dev\n"
-	a.Add("/init", 0o755, []byte(mounts+script))
+	init := "#!/bin/sh\nmkdir -p /proc /sys /dev\nmount -t proc p /proc\nmount -t sysfs s /sys\nmount -t devtmpfs d /dev\n"
+	for _, file := range modules {
+		name := "/modules/" + filepath.Base(file)
+		a.AddHost(name, file)
+		init += "insmod " + name + "\n"
+	}
+	a.Add("/init", 0o755, []byte(init+script))
 	return errors.Join(a.Close(), f.Close())
 }
 

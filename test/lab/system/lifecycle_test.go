@@ -219,3 +219,41 @@ func TestReboot(t *testing.T) {
 		t.Errorf("%+v after %+v", got, first)
 	}
 }
+
+// TestCrash has guests that report their crash, with what libvirt may do then.
+func TestCrash(t *testing.T) {
+	inside.Load(t, "")
+	d := start(t, options{})
+	const goesOn, anew = true, false
+	// CPUID leaves 0xd in AL: its lowest bit says to pvpanic that the guest has crashed.
+	program := rom(t, "cpuid:1000,out:0x505:1", false)
+	defined := func(action string) *life {
+		l := &life{t: t, d: d, name: "crash " + action, boot: 1000}
+		virsh(t, "define", define(t, domain{name: l.name, os: program, more: "<on_crash>" + action + "</on_crash><devices><panic model='isa'/></devices>"}))
+		t.Cleanup(func() {
+			exec.Command("virsh", "-c", "qemu:///system", "destroy", l.name).Run()
+			exec.Command("virsh", "-c", "qemu:///system", "undefine", l.name).Run()
+		})
+		return l
+	}
+	l := defined("destroy")
+	l.step("crash, on_crash destroy", anew, "shut off", 1, func() { virsh(t, "start", l.name) })
+	l = defined("preserve")
+	l.step("crash, on_crash preserve", anew, "crashed", 1, func() { virsh(t, "start", l.name) })
+	l.step("destroy", goesOn, "shut off", 0, func() { virsh(t, "destroy", l.name) })
+
+	l = defined("restart")
+	virsh(t, "start", l.name)
+	inside.Eventually(t, "it crashes again and again", 60*time.Second, func() bool { return counts(d.find(l.name))["io"] >= 3 })
+	first := d.find(l.name)
+	inside.Eventually(t, "and again", 60*time.Second, func() bool { return counts(d.find(l.name))["io"] >= 6 })
+	virsh(t, "destroy", l.name)
+	inside.Eventually(t, "it is over", 10*time.Second, func() bool { return d.find(l.name).TGID == 0 })
+	last := d.total(l.name)
+	cpuid, boots := counts(last)["cpuid"], counts(last)["io"]
+	t.Logf("on_crash restart: %d boots, %d CPUID exits", boots, cpuid)
+	if *last.Run != *first.Run || !last.Since.Equal(*first.Since) || cpuid < 1000*boots || cpuid > 1000*(boots+1) {
+		t.Errorf("%+v after %+v", last, first)
+	}
+	d.conserve()
+}
