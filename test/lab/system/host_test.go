@@ -233,6 +233,46 @@ func (d *virtexitd) conserve() api.Status {
 	return s
 }
 
+// conserveStopped is conserve while guests run: their processes are stopped
+// meanwhile, which asks neither them nor libvirt.
+func (d *virtexitd) conserveStopped() api.Status {
+	d.t.Helper()
+	list, err := d.api.Domains(d.t.Context())
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	for _, x := range list.Domains {
+		if !x.Running() {
+			continue
+		}
+		signal(d.t, x.TGID, syscall.SIGSTOP)
+		defer signal(d.t, x.TGID, syscall.SIGCONT)
+	}
+	for _, x := range list.Domains {
+		inside.Eventually(d.t, x.Name+" is stopped", 10*time.Second, func() bool { return !x.Running() || stopped(d.t, x.TGID) })
+	}
+	return d.conserve()
+}
+
+// stopped tells whether all threads of a process are.
+func stopped(t *testing.T, tgid int) bool {
+	t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", tgid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has ended
+		}
+		if fields := text[bytes.LastIndexByte(text, ')')+1:]; !bytes.HasPrefix(fields, []byte(" T")) {
+			return false
+		}
+	}
+	return true
+}
+
 // counts are a domain's exits by reason.
 func counts(d api.Domain) map[string]uint64 {
 	m := map[string]uint64{}

@@ -127,6 +127,8 @@ func TestLevelAndLog(t *testing.T) {
 		t.Errorf("log:\n%s", out)
 	}
 
+	d.conserve()
+
 	// Followed, every exit is told or counted as lost.
 	var got followed
 	add, wait := follow(t, d, name)
@@ -162,6 +164,8 @@ func TestLevelAndLog(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 
+	d.conserve()
+
 	// The other one was at another level all the time, and is switched off.
 	name = nameOf(t, other)
 	if x := d.find(name); x.Level != "time" {
@@ -169,6 +173,7 @@ func TestLevelAndLog(t *testing.T) {
 	}
 	d.ok("level", name, "off")
 	run(t, other, 0, "cpuid:1000")
+	d.conserve()
 	d.ok("level", name, "default")
 	run(t, other, 0, "cpuid:5")
 	if n := counts(d.total(name))["cpuid"]; n != 15 {
@@ -197,6 +202,7 @@ func TestDuty(t *testing.T) {
 	exits := kvmExits(t, "busy", 0)
 	x := decode[api.Report](t, d.ok("report", "busy", "--interval", "9s", "--format", "json")).Domains[0]
 	exits = kvmExits(t, "busy", 0) - exits // in the interval, and a little before and after
+	d.conserveStopped()
 	observed := float64(x.SpanNS) / float64(x.WallNS)
 	// To switch takes a while on this machine, and is observed.
 	if observed < 0.25 || observed > 0.6 {

@@ -84,6 +84,7 @@ func TestLibvirtAway(t *testing.T) {
 		if !known("one") || !known("two") {
 			t.Errorf("while libvirtd %s: %+v, %+v", what, d.find("one"), d.find("two"))
 		}
+		d.conserveStopped()
 	}
 	inside.Eventually(t, "guests appear by process", 20*time.Second, func() bool {
 		x, y := d.find("by hand"), d.find(fmt.Sprintf("qemu-system-x86-%d", nameless.Process.Pid))
@@ -102,6 +103,9 @@ func TestLibvirtAway(t *testing.T) {
 	inside.Eventually(t, "a new domain is known", 20*time.Second, func() bool { return known("three") })
 	virsh(t, "suspend", "three")
 	inside.Eventually(t, "its state is known", 20*time.Second, func() bool { return d.find("three").State == "paused" })
+	if s := d.conserveStopped(); s.Unattributed != 0 || s.Missed != 0 {
+		t.Errorf("%+v", s)
+	}
 }
 
 // hidden runs a command that does not see libvirt's run directory.
@@ -146,6 +150,7 @@ func TestNameComesLater(t *testing.T) {
 			if after.TGID != before.TGID || after.Count < before.Count || after.UUID == nil || *after.UUID != *before.UUID {
 				t.Errorf("before %+v\nafter %+v", before, after)
 			}
+			d.conserveStopped()
 		})
 	}
 }

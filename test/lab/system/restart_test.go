@@ -69,6 +69,9 @@ func TestRestart(t *testing.T) {
 			t.Errorf("round %d: the busy domain has %d exits after %d", round, now, busy)
 		}
 		busy = now
+		if s := d.conserveStopped(); s.Missed != 0 {
+			t.Errorf("round %d: %+v", round, s)
+		}
 		got := d.total("brief")
 		if diff := cmp.Diff(brief, asked(counts(got))); diff != "" || got.State != "shut off" || got.UUID == nil || got.Source != "libvirt" {
 			t.Errorf("round %d: brief is %+v (-want +got):\n%s", round, got, diff)
