@@ -43,6 +43,7 @@ type Map struct {
 	mu      sync.Mutex // never held while files are read
 	guests  map[key]*guest
 	others  []Domain // what libvirt lists and no process is
+	blind   bool     // there is no run directory of libvirt's
 	dirty   bool     // join again: guests have changed,
 	heard   *listing // or this is not what libvirt says now,
 	serving bool     // or it began or ceased to answer
@@ -99,7 +100,7 @@ func (m *Map) Refresh() error {
 	defer m.scanning.Unlock()
 
 	var errs []error
-	run, err := m.runDirs.scan()
+	run, there, err := m.runDirs.scan()
 	if err != nil {
 		errs = append(errs, err)
 	}
@@ -159,6 +160,7 @@ func (m *Map) Refresh() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.hear()
+	m.blind = !there
 	for k, g := range m.guests {
 		if _, alive := found[k]; !alive && (g.dead || before[k] && !unread[k.tgid]) {
 			m.bury(k, g)
@@ -388,7 +390,7 @@ func (m *Map) join() {
 		claimants := claims[claim{r.uuid, r.name}]
 		switch {
 		case len(claimants) > 0:
-			if g := choose(claimants, r); g != nil {
+			if g := choose(claimants, r, m.blind); g != nil {
 				g.adopt(r, m.serving)
 			}
 		case r.id == nil || m.serving && !gone:
@@ -402,23 +404,17 @@ func (m *Map) join() {
 }
 
 // choose tells which of the processes that claim to be a domain is the one
-// that libvirt runs. A run directory goes before arguments, which anybody can
-// copy; when several are left, none is chosen.
-func choose(claimants []*guest, r record) *guest {
-	if r.id == nil {
-		return nil
-	}
+// that libvirt runs: the one that its run directory tells, if it does so yet.
+// Others may have the same arguments, such as that of another libvirt which the
+// domain is migrated from or to. To the blind, arguments must do, unless several
+// processes have them.
+func choose(claimants []*guest, r record, blind bool) *guest {
 	var chosen []*guest
 	for _, g := range claimants {
-		if g.run != nil && g.run.id != nil && *g.run.id == *r.id {
+		switch {
+		case r.id == nil:
+		case g.run == nil && blind, g.run != nil && g.run.id != nil && *g.run.id == *r.id:
 			chosen = append(chosen, g)
-		}
-	}
-	if len(chosen) == 0 {
-		for _, g := range claimants {
-			if g.run == nil {
-				chosen = append(chosen, g)
-			}
 		}
 	}
 	if len(chosen) != 1 {

@@ -197,20 +197,21 @@ func TestJoin(t *testing.T) {
 		{"shorter name", []record{{id(1), "vm", uuid1, Running, true, nil}}, nil, "rundir", 1},
 		{"an earlier run", []record{{id(9), "vm1", uuid1, Running, true, nil}}, nil, "rundir", 0},
 		{"not running", []record{{nil, "vm1", uuid1, ShutOff, true, nil}}, nil, "rundir", 0},
-		{"arguments", []record{vm1Record}, func(h *host) { h.remove(file) }, "libvirt", 0},
+		{"no file", []record{vm1Record}, func(h *host) { h.remove(file) }, "proc", 0},
+		{"no run directory", []record{vm1Record}, func(h *host) { h.remove("run") }, "libvirt", 0},
 		{"copied arguments", []record{vm1Record}, func(h *host) {
 			h.replace("proc/250/cmdline", uuidOld, uuid1)
 			h.replace("proc/250/cmdline", "old style", "vm1")
 		}, "libvirt", 0},
 		{"copied arguments, no run directory", []record{vm1Record}, func(h *host) {
-			h.remove(file)
+			h.remove("run")
 			h.replace("proc/250/cmdline", uuidOld, uuid1)
 			h.replace("proc/250/cmdline", "old style", "vm1")
 		}, "proc", 0},
 		{"file of another guest", []record{vm1Record}, func(h *host) {
 			h.remove("run/libvirt/qemu/vm10.xml")
 			h.replace(file, "pid='201'", "pid='214'")
-		}, "libvirt", 0},
+		}, "proc", 0},
 		{"file of a session", []record{vm1Record}, func(h *host) {
 			if err := os.MkdirAll(h.path("run/user/1000/libvirt/qemu/run"), 0o700); err != nil {
 				h.t.Fatal(err)
@@ -244,6 +245,73 @@ func TestJoin(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A domain goes from one libvirt to another on this host: for a while two
+// processes are the same domain, and one of them is that of our libvirt.
+func TestMigration(t *testing.T) {
+	const file = "run/libvirt/qemu/vm1.xml"
+	other := snapshot.Process{TGID: 250, Start: 4380 * tick}
+	stranger := Domain{Name: "vm1", UUID: uuid1, TGID: 250, Start: other.Start, State: Running, Source: "proc", VCPUs: map[int]int{253: 0}}
+	ours := Domain{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, State: Running, Source: "libvirt", VCPUs: map[int]int{206: 0, 207: 1}}
+	vm1Record := func(id *int, s State) *listing {
+		return &listing{records: []record{{id, "vm1", uuid1, s, true, &Metadata{}}}}
+	}
+	both := func(t *testing.T) (*host, *Libvirt) {
+		l := NewLibvirt("test:")
+		h := newHost(t, l)
+		h.replace("proc/250/cmdline", uuidOld, uuid1)
+		h.replace("proc/250/cmdline", "old style", "vm1")
+		return h, l
+	}
+	past := func(d Domain) Domain {
+		d.ID, d.TGID, d.Start, d.State = nil, 0, 0, ShutOff
+		return d
+	}
+
+	t.Run("away", func(t *testing.T) {
+		h, l := both(t)
+		l.listing.Store(vm1Record(id(1), Running))
+		h.refresh()
+		h.expect(vm1, "", ours, true)
+		h.expect(other, "", stranger, true)
+		// The process ends before libvirt says so.
+		h.remove("proc/201", file, "sys/kernel/debug/kvm/201-9")
+		h.refresh()
+		h.expect(vm1, "", past(ours), true)
+		h.expect(other, "", stranger, true)
+		l.listing.Store(vm1Record(nil, ShutOff))
+		h.expect(vm1, "", past(ours), true)
+		h.expect(other, "", stranger, true)
+	})
+	t.Run("here", func(t *testing.T) {
+		h, l := both(t)
+		text := read(t, h.path(file))
+		h.remove(file)
+		h.Learn(250)
+		// libvirt lists it before there is a process, or before that is known.
+		l.listing.Store(vm1Record(id(1), Paused))
+		h.expect(other, "", func() Domain { d := stranger; d.VCPUs = nil; return d }(), true)
+		dir := h.path("proc/201")
+		if err := os.Rename(dir, dir+".hidden"); err != nil {
+			t.Fatal(err)
+		}
+		h.refresh()
+		h.expect(other, "", stranger, true)
+		if err := errors.Join(os.Rename(dir+".hidden", dir), os.WriteFile(h.path(file), text, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		h.refresh()
+		paused := ours
+		paused.State = Paused
+		h.expect(vm1, "", paused, true)
+		h.expect(other, "", stranger, true)
+		l.listing.Store(vm1Record(id(1), Running))
+		h.remove("proc/250", "sys/kernel/debug/kvm/250-10")
+		h.refresh()
+		h.expect(vm1, "", ours, true)
+		h.expect(other, "", past(stranger), true)
+	})
 }
 
 func TestRenamedInPlace(t *testing.T) {

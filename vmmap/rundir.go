@@ -91,22 +91,26 @@ type statusFile struct {
 	err    error // why status is nil
 }
 
-// scan returns the guests by process id. A file that cannot be read does not
-// hide the others.
-func (r *runDirs) scan() (map[int]*status, error) {
+// scan returns the guests by process id, and whether there is a directory. A
+// file that cannot be read does not hide the others.
+func (r *runDirs) scan() (guests map[int]*status, there bool, err error) {
 	var paths []string
-	for _, pattern := range []string{
-		"libvirt/qemu/*.xml",
-		"user/*/libvirt/qemu/run/*.xml",
-	} {
-		found, err := filepath.Glob(filepath.Join(r.run, pattern))
+	for _, pattern := range []string{"libvirt/qemu", "user/*/libvirt/qemu/run"} {
+		dirs, err := filepath.Glob(filepath.Join(r.run, pattern))
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
-		paths = append(paths, found...)
+		for _, dir := range dirs {
+			there = true
+			found, err := filepath.Glob(filepath.Join(dir, "*.xml"))
+			if err != nil {
+				return nil, false, err
+			}
+			paths = append(paths, found...)
+		}
 	}
 	files := make(map[string]statusFile, len(paths))
-	guests := make(map[int]*status, len(paths))
+	guests = make(map[int]*status, len(paths))
 	var errs []error
 	for _, path := range paths {
 		f, err := r.read(path)
@@ -121,7 +125,7 @@ func (r *runDirs) scan() (map[int]*status, error) {
 		guests[f.status.pid] = f.status
 	}
 	r.files = files
-	return guests, errors.Join(errs...)
+	return guests, there, errors.Join(errs...)
 }
 
 // read returns what a file holds; the error is that of a file that is not there.

@@ -12,9 +12,10 @@
 //	process   the process itself: its name and its id
 //
 // libvirt tells no process id, so what it lists is joined to a process by the
-// uuid and name that the run directory or the arguments state. Arguments are
-// parsed, never searched. Only libvirt can be slow or hang, and it is called
-// by [Libvirt.Run] alone: nothing else here waits for it.
+// uuid, name and id that the run directory states, or by the uuid and name in
+// the arguments where there is no run directory. Arguments are parsed, never
+// searched. Only libvirt can be slow or hang, and it is called by [Libvirt.Run]
+// alone: nothing else here waits for it.
 package vmmap
 
 import (

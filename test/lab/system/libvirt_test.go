@@ -108,8 +108,11 @@ func TestLibvirtAway(t *testing.T) {
 	}
 }
 
-// hidden runs a command that does not see libvirt's run directory.
-var hidden = []string{"unshare", "-m", "sh", "-c", `mount -t tmpfs none /run/libvirt/qemu && exec "$@"`, "sh"}
+// hidden runs a daemon that does not see libvirt's run directory.
+var hidden = options{
+	libvirt: "qemu+unix:///system?socket=/mnt/libvirt-sock",
+	wrapper: []string{"unshare", "-m", "sh", "-c", `mount --bind /run/libvirt /mnt && mount -t tmpfs none /run/libvirt && exec "$@"`, "sh"},
+}
 
 // TestNameComesLater starts the daemon when nothing but the process is there
 // to tell who a domain is, and what it says of itself is not true.
@@ -124,7 +127,7 @@ func TestNameComesLater(t *testing.T) {
 		// QEMU takes the last name that it is given.
 		{"the run directory appears", "<qemu:commandline><qemu:arg value='-name'/><qemu:arg value='other'/></qemu:commandline>", "other",
 			func(t *testing.T, d *virtexitd, _ int) {
-				out, err := exec.Command("nsenter", "-m", "-t", fmt.Sprint(d.cmd.Process.Pid), "umount", "/run/libvirt/qemu").CombinedOutput()
+				out, err := exec.Command("nsenter", "-m", "-t", fmt.Sprint(d.cmd.Process.Pid), "umount", "/run/libvirt").CombinedOutput()
 				if err != nil {
 					t.Fatalf("%v\n%s", err, out)
 				}
@@ -135,7 +138,7 @@ func TestNameComesLater(t *testing.T) {
 			pid := libvirtd(t)
 			signal(t, pid, syscall.SIGSTOP)
 			t.Cleanup(func() { signal(t, pid, syscall.SIGCONT) })
-			d := start(t, options{wrapper: hidden})
+			d := start(t, hidden)
 			inside.Eventually(t, "it appears by process", 20*time.Second, func() bool {
 				x := d.find(tc.first)
 				return x.ID == nil && x.Source == "proc" && x.State == "running" && x.Count > 0
