@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -508,15 +509,40 @@ func tidy(domains []api.Domain, only selection, sort bool) []api.Domain {
 		}
 	}
 	if sort {
-		slices.SortStableFunc(domains, func(a, b api.Domain) int {
-			return cmp.Or(nilLast(a.ID, b.ID, cmp.Compare), cmp.Compare(a.Name, b.Name), nilLast(a.Since, b.Since, latestFirst))
-		})
+		slices.SortStableFunc(domains, order)
 	}
 	return domains
 }
 
-// nilLast compares what is known and puts what is not last.
-func nilLast[T any](a, b *T, compare func(a, b T) int) int {
+// order is that by id, then by name; of the runs of one domain, those that go on
+// come first, and the latest before the others.
+func order(a, b api.Domain) int {
+	return cmp.Or(
+		byID(a.ID, b.ID),
+		cmp.Compare(a.Name, b.Name),
+		cmp.Compare(ended(a), ended(b)),
+		cmp.Compare(since(b), since(a)),
+		cmp.Compare(a.TGID, b.TGID),
+	)
+}
+
+func ended(d api.Domain) int {
+	if d.Running() {
+		return 0
+	}
+	return 1
+}
+
+// since is when counting began; it has yet to where nothing was counted.
+func since(d api.Domain) int64 {
+	if d.Since == nil {
+		return math.MaxInt64
+	}
+	return d.Since.UnixNano()
+}
+
+// byID puts those without an id last.
+func byID(a, b *int) int {
 	switch {
 	case a == nil && b == nil:
 		return 0
@@ -525,7 +551,5 @@ func nilLast[T any](a, b *T, compare func(a, b T) int) int {
 	case b == nil:
 		return -1
 	}
-	return compare(*a, *b)
+	return cmp.Compare(*a, *b)
 }
-
-func latestFirst(a, b time.Time) int { return b.Compare(a) }

@@ -994,3 +994,28 @@ func TestShutdown(t *testing.T) {
 		t.Errorf("afterwards: %v", err)
 	}
 }
+
+// Those that are alike keep their places from one list to the next, in whatever
+// order the backend has them.
+func TestOrder(t *testing.T) {
+	at := func(minute int) *time.Time { return ptr(time.Date(2026, 1, 2, 3, minute, 0, 0, time.UTC)) }
+	want := []api.Domain{
+		{ID: ptr(2), Name: "moves", TGID: 30, Since: at(3)},
+		{ID: ptr(10), Name: "b", TGID: 20},
+		{Name: "a"},
+		{Name: "moves", TGID: 41},
+		{Name: "moves", TGID: 42},
+		{Name: "moves", TGID: 31, Since: at(2)},
+		{Name: "moves", TGID: 32, Since: at(1)},
+		{Name: "moves", Since: at(5)},
+		{Name: "moves", Since: at(4)},
+	}
+	got := slices.Clone(want)
+	for range want {
+		got = append(got[1:], got[0])
+		sorted := slices.SortedFunc(slices.Values(got), order)
+		if diff := cmp.Diff(want, sorted); diff != "" {
+			t.Fatalf("(-want +got)\n%s", diff)
+		}
+	}
+}
