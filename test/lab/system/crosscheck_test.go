@@ -205,7 +205,7 @@ func TestCrossCheck(t *testing.T) {
 			t.Errorf("%s: exits by code (-ftrace +virtexit):\n%s", name, diff)
 		}
 		for _, v := range got.VCPUs {
-			if kvm := kvmExits(t, name, v.ID); kvm != v.Exits {
+			if kvm := kvmExits(t, system, name, v.ID); kvm != v.Exits {
 				t.Errorf("%s, vCPU %d: %d exits, KVM says %d", name, v.ID, v.Exits, kvm)
 			}
 		}
@@ -219,9 +219,9 @@ func TestCrossCheck(t *testing.T) {
 }
 
 // kvmExits is KVM's own statistic, through libvirt.
-func kvmExits(t *testing.T, domain string, vcpu int) uint64 {
+func kvmExits(t *testing.T, uri, domain string, vcpu int) uint64 {
 	t.Helper()
-	stats := virsh(t, "domstats", "--vcpu", domain)
+	stats := virshAt(t, uri, "domstats", "--vcpu", domain)
 	key := fmt.Sprintf("vcpu.%d.exits.sum=", vcpu)
 	for line := range strings.Lines(stats) {
 		if text, ok := strings.CutPrefix(strings.TrimSpace(line), key); ok {

@@ -302,10 +302,17 @@ func info(t *testing.T, s source.Source) source.Info {
 	return i
 }
 
+const system = "qemu:///system"
+
 // virsh runs a command of libvirt's own.
 func virsh(t *testing.T, args ...string) string {
 	t.Helper()
-	out, err := exec.Command("virsh", append([]string{"-q", "-c", "qemu:///system"}, args...)...).CombinedOutput()
+	return virshAt(t, system, args...)
+}
+
+func virshAt(t *testing.T, uri string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command("virsh", append([]string{"-q", "-c", uri}, args...)...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("virsh %q: %v\n%s", args, err, out)
 	}

@@ -199,9 +199,9 @@ func TestDuty(t *testing.T) {
 	if r.IntervalNS < 3e9 || r.Domains[0].Count == 0 {
 		t.Errorf("report over %d ns: %d exits", r.IntervalNS, r.Domains[0].Count)
 	}
-	exits := kvmExits(t, "busy", 0)
+	exits := kvmExits(t, system, "busy", 0)
 	x := decode[api.Report](t, d.ok("report", "busy", "--interval", "9s", "--format", "json")).Domains[0]
-	exits = kvmExits(t, "busy", 0) - exits // in the interval, and a little before and after
+	exits = kvmExits(t, system, "busy", 0) - exits // in the interval, and a little before and after
 	d.conserveStopped()
 	observed := float64(x.SpanNS) / float64(x.WallNS)
 	// To switch takes a while on this machine, and is observed.
