@@ -116,7 +116,7 @@ func TestPod(t *testing.T) {
 			if err := m.Refresh(); err != nil {
 				t.Fatal(err)
 			}
-			want := []Domain{{Name: "default_web", UUID: "11111111-2222-4333-8444-0000000000ee", TGID: 236, Start: 2219 * tick,
+			want := []Domain{{Name: "default_web", UUID: "11111111-2222-4333-8444-0000000000ee", TGID: 236, Start: 2219 * tick, UID: id(64055),
 				State: Running, Source: "proc", VCPUs: map[int]int{245: 0}, Seen: now, Container: test.container, Metadata: Metadata{Cloud: test.cloud}}}
 			if diff := cmp.Diff(want, m.Domains()); diff != "" {
 				t.Errorf("(-want +got)\n%s", diff)

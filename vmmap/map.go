@@ -61,6 +61,7 @@ type guest struct {
 	args   args
 	where  *Container
 	cloud  *Cloud  // as KubeVirt started it
+	uid    int     // of its user
 	run    *status // nil when no run directory told of it
 	vcpus  map[int]int
 	ended  map[int]int
@@ -138,8 +139,11 @@ func (m *Map) Refresh() error {
 		}
 		// The files of a guest outlive it when libvirt is dead, and its
 		// process id may be another's by now.
-		if s := run[pid]; s != nil && s.uuid == g.args.uuid {
-			g.run, g.vcpus = s, s.vcpus
+		for _, s := range run[pid] {
+			if s.tells(&g) {
+				g.run, g.vcpus = s, s.vcpus
+				break
+			}
 		}
 		names, hasVM := vms[pid]
 		if g.run == nil && !before[k] {
@@ -208,7 +212,7 @@ func (m *Map) read(pid int) (key, guest, error) {
 	m.mu.Lock()
 	old := m.guests[k]
 	if old != nil && old.read {
-		g.args, g.where, g.cloud = old.args, old.where, old.cloud
+		g.args, g.where, g.cloud, g.uid = old.args, old.where, old.cloud, old.uid
 		m.mu.Unlock()
 		return k, g, nil
 	}
@@ -223,6 +227,9 @@ func (m *Map) read(pid int) (key, guest, error) {
 		if launcher, err := m.proc.cmdline(s.parent); err == nil {
 			g.cloud = parseLauncher(launcher)
 		}
+	}
+	if err == nil {
+		g.uid, err = m.proc.uid(pid)
 	}
 	return k, g, err
 }
@@ -240,7 +247,7 @@ func (m *Map) add(k key, g guest) {
 		m.guests[k] = &g
 		return
 	}
-	old.name, old.args, old.where, old.cloud, old.seen, old.read = g.name, g.args, g.where, g.cloud, g.seen, true
+	old.name, old.args, old.where, old.cloud, old.uid, old.seen, old.read = g.name, g.args, g.where, g.cloud, g.uid, g.seen, true
 	old.dead = false
 	if g.run != nil {
 		old.run = g.run
@@ -439,6 +446,10 @@ func (g *guest) identify(k key) {
 
 		Container: g.where,
 		Metadata:  Metadata{Cloud: g.cloud},
+	}
+	if g.read {
+		uid := g.uid
+		d.UID = &uid
 	}
 	if g.args.name != "" {
 		d.Name, d.Source = g.args.name, "proc"

@@ -5,10 +5,12 @@ package vmmap
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -96,11 +98,11 @@ func (h *host) refresh() {
 	}
 }
 
-// expect looks a process up and compares all but the time.
+// expect looks a process up and compares all but the time and the user.
 func (h *host) expect(p snapshot.Process, comm string, want Domain, known bool) {
 	h.t.Helper()
 	got, ok := h.Lookup(p, comm)
-	got.Seen = time.Time{}
+	got.Seen, got.UID, want.UID = time.Time{}, nil, nil
 	if diff := cmp.Diff(want, got); diff != "" || ok != known {
 		h.t.Errorf("Lookup(%v) known %v, want %v (-want +got)\n%s", p, ok, known, diff)
 	}
@@ -116,14 +118,14 @@ func said(err error, r ...record) *Libvirt {
 func TestDomains(t *testing.T) {
 	now, listed := time.Unix(1000, 0), time.Unix(500, 0)
 	byHand := []Domain{
-		{Name: "old style", UUID: uuidOld, TGID: 250, Start: 4380 * tick, State: Running, Source: "proc", VCPUs: map[int]int{253: 0}, Seen: now},
-		{Name: "plain", TGID: 241, Start: 4273 * tick, State: Running, Source: "proc", VCPUs: map[int]int{244: 0}, Seen: now},
+		{Name: "old style", UUID: uuidOld, TGID: 250, Start: 4380 * tick, UID: id(0), State: Running, Source: "proc", VCPUs: map[int]int{253: 0}, Seen: now},
+		{Name: "plain", TGID: 241, Start: 4273 * tick, UID: id(0), State: Running, Source: "proc", VCPUs: map[int]int{244: 0}, Seen: now},
 	}
 	guests := func(source string, paused State) []Domain {
 		return []Domain{
-			{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, State: Running, Source: source, VCPUs: map[int]int{206: 0, 207: 1}, Seen: now, Metadata: titled},
-			{ID: id(2), Name: "vm10", UUID: uuid10, TGID: 214, Start: vm10Start, State: paused, Source: source, VCPUs: map[int]int{219: 0}, Seen: now, Metadata: titled},
-			{ID: id(3), Name: web, UUID: uuidWeb, TGID: 224, Start: webStart, State: Running, Source: source, VCPUs: map[int]int{229: 0}, Seen: now, Metadata: titled},
+			{ID: id(1), Name: "vm1", UUID: uuid1, TGID: 201, Start: vm1Start, UID: id(0), State: Running, Source: source, VCPUs: map[int]int{206: 0, 207: 1}, Seen: now, Metadata: titled},
+			{ID: id(2), Name: "vm10", UUID: uuid10, TGID: 214, Start: vm10Start, UID: id(0), State: paused, Source: source, VCPUs: map[int]int{219: 0}, Seen: now, Metadata: titled},
+			{ID: id(3), Name: web, UUID: uuidWeb, TGID: 224, Start: webStart, UID: id(0), State: Running, Source: source, VCPUs: map[int]int{229: 0}, Seen: now, Metadata: titled},
 		}
 	}
 	anonymous := func() []Domain {
@@ -180,6 +182,98 @@ func TestDomains(t *testing.T) {
 	}
 }
 
+// session moves a file to the run directory of a user's libvirt.
+func (h *host) session(path string, uid int) {
+	h.t.Helper()
+	dir := h.path(fmt.Sprintf("run/user/%d/libvirt/qemu/run", uid))
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.Rename(h.path(path), filepath.Join(dir, "x.xml")); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	if err := os.WriteFile(to, read(t, from), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestSession has files in a run directory that is a user's.
+func TestSession(t *testing.T) {
+	const file = "run/libvirt/qemu/vm1.xml"
+	for _, test := range []struct {
+		name   string
+		change func(*host)
+		source string
+		called string
+		id     *int
+		err    string // part of it
+	}{
+		{"of the one who runs it", func(h *host) {
+			h.replace("proc/201/status", "Uid:\t0", "Uid:\t1000")
+			h.session(file, 1000)
+		}, "rundir", "vm1", nil, ""},
+		{"of another", func(h *host) { h.session(file, 1000) }, "proc", "vm1", nil, ""},
+		{"of another, besides the host's", func(h *host) {
+			copyFile(h.t, h.path(file), h.path("copy"))
+			h.replace("copy", ">vm1<", ">mine<")
+			h.session("copy", 1000)
+		}, "rundir", "vm1", id(1), ""},
+		{"of the one who runs it, besides another's", func(h *host) {
+			h.replace("proc/201/status", "Uid:\t0", "Uid:\t1001")
+			copyFile(h.t, h.path(file), h.path("copy"))
+			h.replace("copy", ">vm1<", ">mine<")
+			h.session("copy", 1000)
+			h.session(file, 1001)
+		}, "rundir", "vm1", nil, ""},
+		{"of nobody", func(h *host) {
+			h.session(file, 0)
+			if err := os.Rename(h.path("run/user/0"), h.path("run/user/0x0")); err != nil {
+				h.t.Fatal(err)
+			}
+		}, "proc", "vm1", nil, ""},
+		{"a pipe", func(h *host) {
+			if err := errors.Join(os.Mkdir(h.path("dir"), 0o700), syscall.Mkfifo(h.path("dir/x.xml"), 0o600)); err != nil {
+				h.t.Fatal(err)
+			}
+			h.session("dir/x.xml", 1000)
+		}, "rundir", "vm1", id(1), "x.xml: not a regular file"},
+		{"a link", func(h *host) {
+			if err := os.Symlink("/dev/zero", h.path("link")); err != nil {
+				h.t.Fatal(err)
+			}
+			h.session("link", 1000)
+		}, "rundir", "vm1", id(1), "x.xml: open"},
+		{"without end", func(h *host) {
+			f, err := os.Create(h.path("long"))
+			if err != nil {
+				h.t.Fatal(err)
+			}
+			defer f.Close()
+			if err := f.Truncate(1 << 40); err != nil {
+				h.t.Fatal(err)
+			}
+			h.session("long", 1000)
+		}, "rundir", "vm1", id(1), "x.xml: "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := newHost(t, nil)
+			test.change(h)
+			err := h.Refresh()
+			if (err != nil) != (test.err != "") || err != nil && !strings.Contains(err.Error(), test.err) {
+				t.Errorf("error %v, want %q", err, test.err)
+			}
+			got, _ := h.Lookup(vm1, "")
+			if got.Name != test.called || got.Source != test.source || !cmp.Equal(got.ID, test.id) {
+				t.Errorf("%+v, want %q by %q, id %v", got, test.called, test.source, test.id)
+			}
+		})
+	}
+}
+
 // A name goes to one process only, and to the right one.
 func TestJoin(t *testing.T) {
 	const file = "run/libvirt/qemu/vm1.xml"
@@ -212,13 +306,13 @@ func TestJoin(t *testing.T) {
 			h.remove("run/libvirt/qemu/vm10.xml")
 			h.replace(file, "pid='201'", "pid='214'")
 		}, "proc", 0},
-		{"file of a session", []record{vm1Record}, func(h *host) {
-			if err := os.MkdirAll(h.path("run/user/1000/libvirt/qemu/run"), 0o700); err != nil {
-				h.t.Fatal(err)
-			}
-			if err := os.Rename(h.path(file), h.path("run/user/1000/libvirt/qemu/run/vm1.xml")); err != nil {
-				h.t.Fatal(err)
-			}
+		{"file of a session", []record{vm1Record}, func(h *host) { h.session(file, 0) }, "rundir", 0},
+		{"the same in a session", []record{vm1Record}, func(h *host) {
+			h.replace("proc/250/cmdline", uuidOld, uuid1)
+			h.replace("proc/250/status", "Uid:\t0", "Uid:\t1000")
+			copyFile(h.t, h.path(file), h.path("copy"))
+			h.replace("copy", "pid='201'", "pid='250'")
+			h.session("copy", 1000)
 		}, "libvirt", 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {

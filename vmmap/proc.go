@@ -241,6 +241,20 @@ func (p proc) tgid(tid int) (int, error) {
 	return tgid, nil
 }
 
+// uid tells whose a process is.
+func (p proc) uid(pid int) (int, error) {
+	b, err := os.ReadFile(p.path(pid, "status"))
+	if err != nil {
+		return 0, gone(err)
+	}
+	real, _, _ := strings.Cut(field(b, "Uid"), "\t") // effective, saved and of the file system
+	uid, err := strconv.Atoi(real)
+	if err != nil {
+		return 0, fmt.Errorf("status of %d: Uid: %w", pid, err)
+	}
+	return uid, nil
+}
+
 // field returns what /proc/<pid>/status tells by that name; empty when nothing.
 func field(status []byte, name string) string {
 	for line := range strings.Lines(string(status)) {

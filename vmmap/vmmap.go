@@ -26,7 +26,7 @@ import (
 // Domain is a guest. A guest that libvirt does not know is a domain too, named
 // by its process's arguments or after its process.
 type Domain struct {
-	ID     *int        // libvirt's id; nil when not running under libvirt
+	ID     *int        // libvirt's id; nil when the host's libvirt does not run it
 	Name   string      // libvirt's name, or that in the arguments, or "<comm>-<tgid>"
 	UUID   string      // lower case with dashes; empty when unknown
 	TGID   int         // 0 when not running
@@ -35,6 +35,7 @@ type Domain struct {
 	Source string      // what named it: "libvirt", "rundir", "proc", "process"
 	VCPUs  map[int]int // tid -> vCPU number: libvirt's from the run directory, else KVM's from debugfs; nil when neither knows
 	Ended  map[int]int // the same of threads that ended before the process: their vCPUs were unplugged, whether or not they came back
+	UID    *int        // of the user that runs the process; nil when unknown
 	Seen   time.Time   // when this was last known to be true
 
 	Container *Container // nil when the process lives on the host itself

@@ -100,11 +100,12 @@ type Report struct {
 
 // Domain is one guest with the counts of one run.
 type Domain struct {
-	ID     *int       `json:"id"` // libvirt's; null when not running under libvirt
+	ID     *int       `json:"id"` // libvirt's; null when the host's libvirt does not run it
 	Name   string     `json:"name"`
-	UUID   *string    `json:"uuid"` // null when unknown
-	Run    *string    `json:"run"`  // its process, among all that ever were; null when none is known
-	TGID   int        `json:"tgid"` // 0 when not running
+	UUID   *string    `json:"uuid"`          // null when unknown
+	Run    *string    `json:"run"`           // its process, among all that ever were; null when none is known
+	TGID   int        `json:"tgid"`          // 0 when not running
+	UID    *int       `json:"uid,omitempty"` // of the user that runs its process; absent when unknown
 	State  string     `json:"state"`
 	Source string     `json:"source"` // what named it: "libvirt", "rundir", "proc", "process"
 	Level  string     `json:"level"`  // in force: "off", also while paused; "count", "time", "recent"

@@ -98,6 +98,7 @@ func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates 
 		ID:     identity.ID,
 		Name:   identity.Name,
 		TGID:   identity.TGID,
+		UID:    identity.UID,
 		State:  string(identity.State),
 		Source: identity.Source,
 		Level:  snapshot.Off.String(),
