@@ -77,6 +77,37 @@ func imports(t tree) (problems []string) {
 	return problems
 }
 
+// mayHang matches what asks a libvirt daemon, in the one file that does so.
+var mayHang = regexp.MustCompile(`\bl\.dial\(|\bc\.(list|close)\b`)
+
+// libvirt holds that libvirt, which may hang, is called through one file, and
+// that by one goroutine which nothing else waits for: no request can.
+func libvirt(t tree) (problems []string) {
+	const calls, waits = "vmmap/libvirt_cgo.go", "vmmap/libvirt.go"
+	imports := func(file string) bool { return strings.Contains(t[file], "\"libvirt.org/go/libvirt\"") }
+	for _, file := range t.files(func(file string) bool {
+		return goFile(file) && !strings.HasSuffix(file, "_test.go") && file != calls && imports(file)
+	}) {
+		problems = append(problems, file+": only "+calls+" may import libvirt")
+	}
+	if !imports(calls) {
+		problems = append(problems, calls+": does not import libvirt")
+	}
+	for line := range strings.Lines(t[waits]) {
+		if mayHang.MatchString(line) && !strings.Contains(line, "l.call(") {
+			problems = append(problems, waits+": outside l.call: "+strings.TrimSpace(line))
+		}
+	}
+	for _, file := range t.files(func(file string) bool {
+		return path.Dir(file) == "vmmap" && !strings.HasSuffix(file, "_test.go") && file != waits
+	}) {
+		if strings.Contains(t[file], ".dial(") || strings.Contains(t[file], ".call(") {
+			problems = append(problems, file+": only "+waits+" may ask libvirt")
+		}
+	}
+	return problems
+}
+
 // licences goes by folder, the longest name first.
 var licences = []struct{ folder, licence string }{
 	{"kmod/uapi/", "GPL-2.0-only WITH Linux-syscall-note"},
@@ -291,6 +322,12 @@ var rules = []struct {
 		"the lab outside tests":         {"vmmap/x.go": "package vmmap\nimport _ \"virtexit/test/lab\"\n"},
 		"a package nobody has drawn":    {"internal/new/x.go": "package new\n"},
 		"an import that does not parse": {"internal/api/x.go": "package api\nimport (\n"},
+	}},
+	{"libvirt", libvirt, map[string]map[string]string{
+		"the daemon asks":       {"internal/daemon/x.go": "package daemon\nimport \"libvirt.org/go/libvirt\"\n"},
+		"the map asks":          {"vmmap/map.go": "package vmmap\nfunc f(m *Map) { m.libvirt.dial(\"\") }\n"},
+		"who asks is not known": {"vmmap/libvirt.go": "package vmmap\nfunc f() { c.list() }\n"},
+		"the file is another's": {"vmmap/libvirt_cgo.go": "package vmmap\n"},
 	}},
 	{"spdx", spdx, map[string]map[string]string{
 		"none":                    {"internal/api/x.go": "package api\n"},
