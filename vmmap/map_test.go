@@ -229,6 +229,12 @@ func TestSession(t *testing.T) {
 			h.session("copy", 1000)
 			h.session(file, 1001)
 		}, "rundir", "vm1", nil, ""},
+		{"of the one who runs it, besides the host's", func(h *host) {
+			h.replace("proc/201/status", "Uid:\t0", "Uid:\t1000")
+			copyFile(h.t, h.path(file), h.path("copy"))
+			h.replace("copy", ">vm1<", ">mine<")
+			h.session("copy", 1000)
+		}, "rundir", "vm1", id(1), ""},
 		{"of nobody", func(h *host) {
 			h.session(file, 0)
 			if err := os.Rename(h.path("run/user/0"), h.path("run/user/0x0")); err != nil {
