@@ -120,6 +120,7 @@ type Domain struct {
 	SpanNS   int64   `json:"span_ns"`
 	Count    uint64  `json:"count"`     // exits, all reasons
 	Rate     float64 `json:"rate"`      // exits a second
+	RateNS   int64   `json:"rate_ns"`   // the time observed that Rate and TimePct, and those of vCPUs and reasons, are of
 	Time     Times   `json:"time"`      // of all vCPUs
 	TimePct  TimePct `json:"time_pct"`  // its shares, over what Rate covers
 	GuestNS  uint64  `json:"guest_ns"`  // of Time

@@ -451,7 +451,7 @@ func TestReport(t *testing.T) {
 			IntervalNS: 2e9,
 			Domains: []api.Domain{{
 				ID: ptr(1), Name: "web", UUID: ptr("00000000-0000-0000-0000-000000000001"), Run: ptr("1-1"), TGID: 1, State: "running", Source: "libvirt",
-				Level: "time", Since: &since, WallNS: 2e9, SpanNS: 2e9, Count: 400, Rate: 200,
+				Level: "time", Since: &since, WallNS: 2e9, SpanNS: 2e9, Count: 400, Rate: 200, RateNS: 2e9,
 				Time: half(400_000), TimePct: api.TimePct{Guest: 50, KVM: 50}, GuestNS: 200_000, GuestPct: 50,
 				VCPUs: []api.VCPU{
 					{ID: 0, TID: 10, Exits: 100, Rate: 50, Time: half(100_000), GuestNS: 50_000, GuestPct: 50},

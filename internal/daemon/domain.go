@@ -129,7 +129,7 @@ func (d *Daemon) domain(view *ledger.View, identity vmmap.Domain, counts, rates 
 		out.Since = &since
 		out.WallNS, out.SpanNS = int64(counts.Wall), int64(counts.Span)
 		out.Count = counts.Exits
-		out.Rate = perSecond(rates.Exits, rates.Span)
+		out.Rate, out.RateNS = perSecond(rates.Exits, rates.Span), int64(rates.Span)
 		out.Time = times(counts.Times, view.TickHz)
 		out.TimePct = times(rates.Times, view.TickHz).Pct()
 		out.GuestNS, out.GuestPct = out.Time.GuestNS, out.TimePct.Guest

@@ -54,7 +54,7 @@ func TestDomain(t *testing.T) {
 	whole := func(change func(*api.Domain)) api.Domain {
 		d := api.Domain{
 			Name: "web", Run: ptr("1-70"), Title: "Web", Description: "d", Cloud: cloud, TGID: 1, State: "running", Level: "time",
-			WallNS: 10e9, SpanNS: 2e9, Count: 30, Rate: 10,
+			WallNS: 10e9, SpanNS: 2e9, Count: 30, Rate: 10, RateNS: 5e8,
 			Time: apiTimes(3), TimePct: api.TimePct{Guest: 75, Halted: 25}, GuestNS: 120_000, GuestPct: 75,
 			VCPUs: []api.VCPU{
 				{ID: 0, TID: 10, Exits: 10, Rate: 10, Time: apiTimes(1), GuestNS: 40_000, GuestPct: 100},
@@ -79,7 +79,7 @@ func TestDomain(t *testing.T) {
 		{"paused", counted(snapshot.Pause), period, whole(func(d *api.Domain) { d.Level = "off" })},
 		{"ended", counted(snapshot.Off), period, whole(func(d *api.Domain) { d.Level = "off" })},
 		{"not observed", counted(snapshot.Time), &ledger.Total{Wall: second}, whole(func(d *api.Domain) {
-			d.Rate, d.TimePct, d.GuestPct = 0, api.TimePct{}, 0
+			d.Rate, d.RateNS, d.TimePct, d.GuestPct = 0, 0, api.TimePct{}, 0
 			for i := range d.VCPUs {
 				d.VCPUs[i].Rate, d.VCPUs[i].GuestPct = 0, 0
 			}
