@@ -26,6 +26,7 @@ const module = "virtexit/"
 // below test/ sees all and is seen by tests alone.
 var arrows = map[string][]string{
 	"cmd/virtexit":               {"internal/api", "internal/api/client", "internal/report"},
+	"cmd/virtexit-vdsm-hook":     {"internal/api", "internal/api/client"},
 	"cmd/virtexitd":              {"internal/api", "internal/api/server", "internal/daemon", "internal/ledger", "internal/snapshot", "internal/source", "internal/source/kmod", "internal/source/replay", "vmmap"},
 	"internal/abi":               {},
 	"internal/api":               {},

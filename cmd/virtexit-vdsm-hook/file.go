@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// maxFile is, in bytes, some ten times the statistics of 1,000 VMs.
+const maxFile = 64 << 20
+
+// file is what VDSM hands to a hook.
+type file struct {
+	path string
+	stat *syscall.Stat_t
+	text []byte
+}
+
+// read reads a file. It waits for nobody to write one that is a pipe.
+func read(path string) (file, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return file{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return file{}, err
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || !info.Mode().IsRegular() {
+		return file{}, fmt.Errorf("%s is not a regular file", path)
+	}
+	if info.Size() > maxFile {
+		return file{}, fmt.Errorf("%s is longer than %d bytes", path, maxFile)
+	}
+	text, err := io.ReadAll(f)
+	return file{path, stat, text}, err
+}
+
+// replace puts another in the place of the file, of the same owner and mode. At
+// every moment there is the one or the other, whole.
+func (f *file) replace(text []byte) (err error) {
+	next, err := os.CreateTemp(filepath.Dir(f.path), filepath.Base(f.path)+".")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(next.Name()))
+		}
+	}()
+	_, err = next.Write(text)
+	err = errors.Join(err, next.Chown(int(f.stat.Uid), int(f.stat.Gid)), next.Chmod(os.FileMode(f.stat.Mode).Perm()), next.Close())
+	if err != nil {
+		return err
+	}
+	return os.Rename(next.Name(), f.path)
+}
