@@ -35,7 +35,9 @@ release  = $$($(LAB) kernel --kernel $(1) | cut -d' ' -f1)
 .PHONY: build kmod kmods kvm-patch kvm-patches demo bench-cost lab lab-debug lab-debug-kernel test generate install uninstall clean distclean $(LAB)
 
 build: packages-build
-	$(GO) build -trimpath -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
+	$(GO) build -trimpath -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/virtexit ./cmd/virtexitd
+	@# VDSM's hosts are not Debian's.
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/virtexit-vdsm-hook
 
 # Each kernel has a copy of its own to be built in.
 kmod: packages-kmod $(LAB)

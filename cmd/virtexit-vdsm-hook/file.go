@@ -17,7 +17,7 @@ const maxFile = 64 << 20
 // file is what VDSM hands to a hook.
 type file struct {
 	path string
-	stat *syscall.Stat_t
+	mode os.FileMode
 	text []byte
 }
 
@@ -32,19 +32,18 @@ func read(path string) (file, error) {
 	if err != nil {
 		return file{}, err
 	}
-	stat, ok := info.Sys().(*syscall.Stat_t)
-	if !ok || !info.Mode().IsRegular() {
+	if !info.Mode().IsRegular() {
 		return file{}, fmt.Errorf("%s is not a regular file", path)
 	}
 	if info.Size() > maxFile {
 		return file{}, fmt.Errorf("%s is longer than %d bytes", path, maxFile)
 	}
 	text, err := io.ReadAll(f)
-	return file{path, stat, text}, err
+	return file{path, info.Mode().Perm(), text}, err
 }
 
-// replace puts another in the place of the file, of the same owner and mode. At
-// every moment there is the one or the other, whole.
+// replace puts another in the place of the file. At every moment there is the
+// one or the other, whole; both are the hook's own user's, who is VDSM's.
 func (f *file) replace(text []byte) (err error) {
 	next, err := os.CreateTemp(filepath.Dir(f.path), filepath.Base(f.path)+".")
 	if err != nil {
@@ -56,7 +55,7 @@ func (f *file) replace(text []byte) (err error) {
 		}
 	}()
 	_, err = next.Write(text)
-	err = errors.Join(err, next.Chown(int(f.stat.Uid), int(f.stat.Gid)), next.Chmod(os.FileMode(f.stat.Mode).Perm()), next.Close())
+	err = errors.Join(err, next.Chmod(f.mode), next.Close())
 	if err != nil {
 		return err
 	}

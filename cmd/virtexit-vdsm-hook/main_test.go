@@ -384,7 +384,9 @@ func record(t *testing.T, socket string) string {
 // What the hook cannot do leaves the file as it is, and VDSM untroubled.
 func TestLeftAsItIs(t *testing.T) {
 	good := string(testdata(t, "vmstats.json"))
-	b := &backend{domains: []api.Domain{busy(uuid, 3)}}
+	const past = "22222222-2222-4333-8444-555555555555"
+	b := &backend{domains: []api.Domain{busy(uuid, 3), busy(past, 3)}}
+	b.domains[1].TGID, b.domains[1].ID = 0, nil
 	up := serve(t, b, server.Options{})
 	deaf := filepath.Join(t.TempDir(), "sock") // its queue is full
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
@@ -442,6 +444,8 @@ func TestLeftAsItIs(t *testing.T) {
 		{"no VM", `[ ]`},
 		{"VMs that are unknown", `[{"vmId": "3"}, {"vmId": "shop-db"}, {"vmId": "7"}, {"vmId": ""}]`},
 		{"a VM that is unknown", `[{"vmId": "7"}]`},
+		{"a VM that has ended", `[{"vmId": "` + past + `"}]`},
+		{"VMs that have ended", `[{"vmId": "` + past + `"}, {"vmId": "` + past + `"}]`},
 		{"no ids", `[{"vmId": 7}, {"vmid": "` + uuid + `"}, {}, 1]`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -618,6 +622,35 @@ func TestInstalled(t *testing.T) {
 	slices.Sort(named)
 	if diff := gocmp.Diff(slices.Sorted(slices.Values(append(want, "after_vm_dehibernate"))), named); diff != "" {
 		t.Errorf("help (-want +got)\n%s", diff)
+	}
+}
+
+// docs/OVIRT.md tells what is added, and how the engine is told which levels
+// there are.
+func TestDocs(t *testing.T) {
+	text, err := os.ReadFile("../../docs/OVIRT.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, golden := range []string{"vmstats-added.json", "caps-added.json"} {
+		for _, m := range regexp.MustCompile(`"(\w+)":`).FindAllSubmatch(testdata(t, golden), -1) {
+			if !bytes.Contains(text, fmt.Appendf(nil, "`%s`", m[1])) {
+				t.Errorf("%s of %s is missing", m[1], golden)
+			}
+		}
+	}
+	property := regexp.MustCompile(`UserDefinedVMProperties='virtexit=(.*?)' `).FindSubmatch(text)
+	if property == nil {
+		t.Fatal("engine-config is missing")
+	}
+	allowed, err := regexp.Compile(string(property[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for level, want := range map[string]bool{"off": true, "count": true, "time": true, "recent": true, "": false, "detail": false, "off ": false, "xoff": false} {
+		if allowed.MatchString(level) != want {
+			t.Errorf("%q: allowed by the engine: %t", level, !want)
+		}
 	}
 }
 
