@@ -293,10 +293,13 @@ func crowd(t *testing.T, n int) (text []byte, domains []api.Domain) {
 	random := rand.New(rand.NewPCG(1, 2))
 	text = []byte("[")
 	for i := range n {
-		id := fmt.Sprintf("11111111-2222-4333-8444-%012x", i)
+		id := fmt.Sprintf("abcdef01-2222-4333-8444-%012x", i)
 		domains = append(domains, busy(id, 5+i%20))
 		domains[i].Name, domains[i].Count = fmt.Sprint("vm", i), uint64(i)
-		vm := bytes.ReplaceAll(one, []byte(uuid), []byte(strings.ToUpper(id[:8])+id[8:]))
+		if i%10 == 0 { // spelt otherwise
+			id = strings.ToUpper(strings.ReplaceAll(id, "-", ""))
+		}
+		vm := bytes.ReplaceAll(one, []byte(uuid), []byte(id))
 		vm = bytes.ReplaceAll(vm, []byte("shop-db"), fmt.Appendf(nil, "vm%d", i))
 		if i > 0 {
 			text = append(text, ", "...)
