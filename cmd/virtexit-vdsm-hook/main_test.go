@@ -136,7 +136,7 @@ func serve(t *testing.T, b *backend, o server.Options) string {
 	dir := t.TempDir()
 	os.Chmod(filepath.Dir(dir), 0o755)
 	path := filepath.Join(dir, "sock")
-	l, err := server.Listen(path, "")
+	l, err := server.Listen(path, "", 0o660)
 	if err != nil {
 		t.Fatal(err)
 	}
