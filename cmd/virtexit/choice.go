@@ -39,8 +39,11 @@ func (c *choice) argument(name, s string) error {
 
 // flag makes the choice a flag of cmd, with completion.
 func (c *choice) flag(cmd *cobra.Command, flags *pflag.FlagSet, name, usage string) {
-	flags.Var(c, name, usage)
-	if err := cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(c.words, cobra.ShellCompDirectiveNoFileComp)); err != nil {
-		panic(err) // the flag has just been made
-	}
+	c.flagP(cmd, flags, name, "", usage)
+}
+
+// flagP is flag with a letter.
+func (c *choice) flagP(cmd *cobra.Command, flags *pflag.FlagSet, name, letter, usage string) {
+	flags.VarP(c, name, letter, usage)
+	register(cmd, name, cobra.FixedCompletions(c.words, cobra.ShellCompDirectiveNoFileComp))
 }

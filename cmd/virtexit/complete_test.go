@@ -4,12 +4,12 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -20,8 +20,9 @@ import (
 // in TestBash does.
 func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == "virtexit" {
-		os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
+		main()
 	}
+	time.Local = time.FixedZone("", 3600) // in every time zone the same
 	os.Exit(m.Run())
 }
 
@@ -84,6 +85,49 @@ func TestComplete(t *testing.T) {
 	}
 }
 
+// In each shell, with the script that it was given, the Tab key completes what is
+// then executed.
+func TestShells(t *testing.T) {
+	onPath(t)
+	home := t.TempDir()
+	t.Setenv("HOME", home)
+	t.Setenv("XDG_CONFIG_HOME", home)
+	t.Setenv("XDG_DATA_HOME", home)
+	t.Setenv("TERM", "dumb")
+	const bashCompletion = "/usr/share/bash-completion/bash_completion"
+	for _, tt := range []struct{ name, needs, pkg, args, setup string }{
+		{"bash", bashCompletion, "bash-completion", "--norc --noprofile -i",
+			"source " + bashCompletion + "; source <(virtexit completion bash)"},
+		{"zsh", "/usr/bin/zsh", "zsh", "-f -i", "autoload -U compinit; compinit -u -D; source <(virtexit completion zsh)"},
+		{"fish", "/usr/bin/fish", "fish", "--no-config -i", "virtexit completion fish | source"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if _, err := os.Stat(tt.needs); err != nil {
+				line := "missing on this host: apt-get install " + tt.pkg
+				if os.Getenv("CI") == "true" {
+					t.Fatal(line)
+				}
+				t.Skip(line)
+			}
+			b := newBackend()
+			b.level = ptr("time")
+			t.Setenv("VIRTEXIT_SOCKET", serve(t, b))
+			p := newPTY(t, 200, 50)
+			p.start(tt.name, strings.Fields(tt.args)...)
+			p.write(tt.setup + "; echo rea''dy\r")
+			p.says("\nready")
+			for _, typed := range []struct{ line, want string }{
+				{"virtexit lev\t we\t rece\t\r", "level of domain 'web01' is recent"},
+				{"virtexit watch --bat\t -n 1 --sort na\t\r", "exits/s, by name"},
+				{"virtexit replay testdata/recorde\t --limit 3 | head -n 1\r", "6 reports over 12s"},
+			} {
+				p.write(typed.line)
+				p.says(typed.want)
+			}
+		})
+	}
+}
+
 // bashScript has bash complete the last of the words and prints, as bash would
 // read it, the only completion there is.
 const bashScript = `
@@ -97,17 +141,7 @@ eval "printf %s ${COMPREPLY[0]}"
 
 // What bash puts on the command line is the domain's name again.
 func TestBash(t *testing.T) {
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin := t.TempDir()
-	if err := os.Symlink(self, filepath.Join(bin, "virtexit")); err != nil {
-		t.Fatal(err)
-	}
-	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
-	b := newBackend()
-	t.Setenv("VIRTEXIT_SOCKET", serve(t, b))
+	onPath(t)
 	for _, tt := range []struct{ name, typed string }{
 		{"vm1", "vm"},
 		{"two words", `two\ w`},
@@ -122,11 +156,13 @@ func TestBash(t *testing.T) {
 		{strings.Repeat("n", 200), "nn"},
 	} {
 		t.Run(tt.name[:min(20, len(tt.name))], func(t *testing.T) {
+			b := newBackend()
 			b.domains = []api.Domain{running(1, tt.name, ""), running(2, "other", "")}
 			typed := tt.typed
 			if typed == "" {
 				b.domains = b.domains[:1]
 			}
+			t.Setenv("VIRTEXIT_SOCKET", serve(t, b))
 			cmd := exec.Command("bash", "-c", bashScript, "bash", typed)
 			cmd.Dir = t.TempDir()
 			out, err := cmd.CombinedOutput()

@@ -4,7 +4,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -17,6 +19,7 @@ func (a *app) log() *cobra.Command {
 		q      api.LogQuery
 		vcpu   int
 		follow bool
+		since  moment
 	)
 	cmd := &cobra.Command{
 		Use:   "log DOMAIN",
@@ -29,9 +32,12 @@ The domain's level must be "recent": virtexit level DOMAIN recent
 
 With --follow, exits are shown as they end, oldest first, until the domain
 ends. Exits that come too fast for that are counted, on stderr, or in JSON on
-a line of their own.`,
+a line of their own.
+
+` + momentHelp,
 		Example: `  virtexit log web01 --limit 20
   virtexit log web01 --vcpu 0 --reason hlt
+  virtexit log web01 --since 2s
   virtexit log web01 --follow --format json`,
 		Args: cobra.ExactArgs(1),
 		PreRunE: func(cmd *cobra.Command, _ []string) error {
@@ -42,6 +48,8 @@ a line of their own.`,
 				return fmt.Errorf("--limit %d is negative", q.Limit)
 			case given("reason") && q.Reason == "":
 				return fmt.Errorf("--reason is empty")
+			case given("since") && follow:
+				return errors.New("--since and --follow exclude each other")
 			case given("vcpu"):
 				q.VCPU = &vcpu
 			}
@@ -54,13 +62,14 @@ a line of their own.`,
 				if err != nil {
 					return err
 				}
-				return report.Log(a.stdout, l, f)
+				l.Exits = slices.DeleteFunc(l.Exits, func(e api.LoggedExit) bool { return e.Time.Before(since.time) })
+				return report.Log(a.stdout, l, f, a.width())
 			}
 			return c.Follow(ctx, args[0], q, func(l api.LogLine) error {
 				if l.Overrun > 0 && f != report.JSON {
 					fmt.Fprintf(a.stderr, "%d exits were overwritten before they were read\n", l.Overrun)
 				}
-				return report.LogLine(a.stdout, l, f)
+				return report.LogLine(a.stdout, l, f, a.width())
 			})
 		}),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, part string) ([]cobra.Completion, cobra.ShellCompDirective) {
@@ -74,5 +83,8 @@ a line of their own.`,
 	cmd.Flags().StringVar(&q.Reason, "reason", "", "for this `reason` alone: a name as 'virtexit report' shows it, or a code")
 	cmd.Flags().IntVar(&q.Limit, "limit", 0, "show the latest `N` (0: all; with --follow: none)")
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "show exits as they end")
+	since.flag(cmd, "since", "show those from `TIME` on")
+	noFiles(cmd, "vcpu", "limit")
+	register(cmd, "reason", a.completeReason)
 	return cmd
 }

@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -36,7 +35,11 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ends := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		ends = append(ends, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
@@ -45,6 +48,7 @@ func main() {
 // run executes one command line and returns the process's exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	a := &app{
+		stdin:  os.Stdin,
 		stdout: stdout,
 		stderr: stderr,
 		socket: os.Getenv("VIRTEXIT_SOCKET"),
@@ -73,6 +77,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 // app is what the commands have in common.
 type app struct {
+	stdin          *os.File
 	stdout, stderr io.Writer
 	socket         string
 	format         choice
@@ -96,16 +101,21 @@ func (a *app) command() *cobra.Command {
 		Long: `virtexit shows which domain of this KVM host causes which VM exits, and what
 they cost. It asks virtexitd.
 
+On a terminal tables fit its width: names are cut, then columns left out.
+Elsewhere, as in a pipe or a file, they are whole, unless COLUMNS is set.
+
 Environment:
-  VIRTEXIT_SOCKET  where virtexitd listens, unless --socket is given`,
+  VIRTEXIT_SOCKET  where virtexitd listens, unless --socket is given
+  COLUMNS          width of tables, where stdout is no terminal`,
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), "FlagUsages", "FlagUsagesWrapped 80"))
 	root.SetVersionTemplate("virtexit {{.Version}}\n")
 	root.PersistentFlags().StringVar(&a.socket, "socket", a.socket, "`path` of virtexitd's socket")
 	a.format.flag(root, root.PersistentFlags(), "format", "print as table, json or csv")
-	root.AddCommand(a.list(), a.report(), a.status(), a.on(), a.off(), a.level(), a.log())
+	root.AddCommand(a.list(), a.report(), a.status(), a.on(), a.off(), a.level(), a.log(), a.watch(), a.record(), a.replay(), a.completion())
 	return root
 }
 
@@ -126,10 +136,10 @@ and its counts are kept for a while when it has ended. --runs lists all of them;
 'report' and others take the run for a domain.
 
 --title and --owner show what libvirt's XML of the domain says: the title, or
-without one the name in the cloud; and the cloud (nova, ovirt, kubevirt) with the
-project or namespace, and the user who made the domain. They take the place of
-other columns. In CSV they are more columns, with ids and the flavor; JSON always
-has them.`,
+without one the name in the cloud; and the cloud (nova, ovirt, kubevirt) with
+the project or namespace, and the user who made the domain. Where a terminal is
+too narrow they take the place of other columns. In CSV they are more columns,
+with ids and the flavor; JSON always has them.`,
 		Example: `  virtexit list
   virtexit list --title --owner
   virtexit list --all --format json
@@ -162,7 +172,7 @@ has them.`,
 			if d := status.Duty; d != nil && collecting(status) {
 				fmt.Fprintf(a.stderr, "collection runs for %v in every %v: rates are those of the time observed\n", time.Duration(d.OnNS), time.Duration(d.EveryNS))
 			}
-			return report.List(a.stdout, domains, report.ListOptions{Format: report.Format(a.format.value), Collecting: collecting(status), Runs: runs, Title: title, Owner: owner})
+			return report.List(a.stdout, domains, report.ListOptions{Format: report.Format(a.format.value), Collecting: collecting(status), Runs: runs, Title: title, Owner: owner, Width: a.width()})
 		}),
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "also domains that do not run, each by its latest run")
@@ -220,9 +230,7 @@ Where collection paused, rates are those of the time that was observed.`,
 			if err != nil {
 				return err
 			}
-			if status.Duty != nil && !total && !given {
-				interval = max(interval, time.Duration(status.Duty.EveryNS)) // not just a pause
-			}
+			interval = wholePeriod(status, interval, given || total)
 			r, err := c.Report(ctx, domains, interval)
 			if err != nil {
 				return err
@@ -231,7 +239,7 @@ Where collection paused, rates are those of the time that was observed.`,
 			if len(r.Domains) == 0 {
 				fmt.Fprintln(a.stderr, "no domain is running")
 			}
-			return report.Report(a.stdout, r, report.Options{Format: report.Format(a.format.value), By: report.By(by.value), Limit: limit})
+			return report.Report(a.stdout, r, report.Options{Format: report.Format(a.format.value), By: report.By(by.value), Limit: limit, Width: a.width()})
 		}),
 		ValidArgsFunction: a.complete,
 	}
@@ -239,6 +247,7 @@ Where collection paused, rates are those of the time that was observed.`,
 	cmd.Flags().BoolVar(&total, "total", false, "since the domain's start or since collection began")
 	by.flag(cmd, cmd.Flags(), "by", "a row for each reason or vcpu")
 	cmd.Flags().IntVar(&limit, "limit", 0, "show `N` reasons and the sum of the rest (0: all)")
+	noFiles(cmd, "interval", "limit")
 	return cmd
 }
 
@@ -253,7 +262,7 @@ func (a *app) status() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return report.Status(a.stdout, status, report.Format(a.format.value))
+			return report.Status(a.stdout, status, report.Format(a.format.value), a.width())
 		}),
 	}
 }
@@ -274,6 +283,7 @@ func (a *app) on() *cobra.Command {
 	}
 	level.flag(cmd, cmd.Flags(), "level", "what to collect: count, time or recent; by default what virtexitd is configured for")
 	cmd.Flags().Var(&duty, "duty", "for how long in every period, or always; by default what virtexitd is configured for")
+	noFiles(cmd, "duty")
 	return cmd
 }
 
@@ -310,7 +320,7 @@ func (a *app) set(ctx context.Context, c api.Collection) error {
 		return err
 	}
 	if a.format.value != string(report.Table) {
-		return report.Status(a.stdout, status, report.Format(a.format.value))
+		return report.Status(a.stdout, status, report.Format(a.format.value), a.width())
 	}
 	line := "collection is " + status.Collection
 	if status.Collection == "on" {
@@ -326,65 +336,18 @@ func collecting(s api.Status) bool { return s.Level != "off" }
 
 // remark says on stderr why counts stand still.
 func (a *app) remark(s api.Status) {
+	if line := still(s); line != "" {
+		a.say(line)
+	}
+}
+
+// still tells why counts stand still; empty: they move.
+func still(s api.Status) string {
 	switch {
 	case s.Problem != "":
-		fmt.Fprintf(a.stderr, "nothing is collected: %s\n", report.Clean(s.Problem))
+		return "nothing is collected: " + report.Clean(s.Problem)
 	case !collecting(s):
-		fmt.Fprintln(a.stderr, "collection is off: counts stand still until 'virtexit on'")
-	}
-}
-
-// complete offers running domains to the shell. Where there is no quick answer
-// it offers nothing.
-func (a *app) complete(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	ctx := cmd.Context()
-	if ctx == nil {
-		ctx = context.Background()
-	}
-	ctx, cancel := context.WithTimeout(ctx, time.Second/2)
-	defer cancel()
-	answer, err := a.client().Domains(ctx)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	domains := answer.Domains
-	given := map[*api.Domain]bool{}
-	for _, arg := range args {
-		if d, err := api.Find(domains, arg); err == nil {
-			given[d] = true
-		}
-	}
-	var words []cobra.Completion
-	for i := range domains {
-		if d := &domains[i]; d.Running() && !given[d] {
-			if word := completion(domains, d); word != "" {
-				words = append(words, word)
-			}
-		}
-	}
-	return words, cobra.ShellCompDirectiveNoFileComp
-}
-
-// completion is what can be typed to mean the domain: its name; or its uuid, id
-// or run, described by the name, when the name means another or cannot be typed;
-// or nothing.
-func completion(domains []api.Domain, d *api.Domain) cobra.Completion {
-	means := func(word string) bool {
-		found, err := api.Find(domains, word)
-		return err == nil && found == d
-	}
-	name := report.Clean(d.Name)
-	switch {
-	// The shell reads one word a line, without spaces around it, and takes a
-	// leading dash for a flag.
-	case name != "" && name == d.Name && name == strings.TrimSpace(name) && !strings.HasPrefix(name, "-") && means(name):
-		return name
-	case d.UUID != nil && means(*d.UUID):
-		return cobra.CompletionWithDesc(*d.UUID, name)
-	case d.ID != nil && means(strconv.Itoa(*d.ID)):
-		return cobra.CompletionWithDesc(strconv.Itoa(*d.ID), name)
-	case d.Run != nil && means(*d.Run):
-		return cobra.CompletionWithDesc(*d.Run, name)
+		return "collection is off: counts stand still until 'virtexit on'"
 	}
 	return ""
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -35,6 +36,7 @@ type fakeBackend struct {
 	level     *string
 	query     api.LogQuery
 	followErr error
+	pace      time.Duration // of Watch; the interval is what it says
 }
 
 func (b *fakeBackend) Status() api.Status   { return b.status }
@@ -42,6 +44,11 @@ func (b *fakeBackend) Domains() api.Domains { return api.Domains{Domains: b.doma
 
 func (b *fakeBackend) Watch(ctx context.Context, domains []string, interval time.Duration, each func(api.Report) error) error {
 	for seq := uint64(1); ; seq++ {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(b.pace):
+		}
 		r, err := b.Report(ctx, domains, interval)
 		if err != nil {
 			return err
@@ -186,6 +193,13 @@ func newBackend() *fakeBackend {
 func serve(t *testing.T, b *fakeBackend) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "sock")
+	serveAt(t, b, path)
+	return path
+}
+
+// serveAt serves until the test or stop ends it.
+func serveAt(t *testing.T, b *fakeBackend, path string) (stop func()) {
+	t.Helper()
 	l, err := server.Listen(path, "", 0o660)
 	if err != nil {
 		t.Fatal(err)
@@ -193,23 +207,25 @@ func serve(t *testing.T, b *fakeBackend) string {
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	go func() { served <- server.New(b, server.Options{}).Serve(ctx, l) }()
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-served; err != nil {
 			t.Error(err)
 		}
 	})
-	return path
+	t.Cleanup(stop)
+	return stop
 }
 
 func TestRun(t *testing.T) {
-	local := time.Local
-	time.Local = time.FixedZone("", 3600)
-	defer func() { time.Local = local }()
 	off := func(b *fakeBackend) { b.status.Collection, b.status.Level = "off", "off" }
 	noModule := func(b *fakeBackend) {
 		b.status.Level, b.status.Collector, b.status.Problem = "off", nil, "the kernel module\nis not loaded"
 	}
+	const (
+		noFile = "Completion ended with directive: ShellCompDirectiveNoFileComp\n"
+		torn   = "testdata/recorded.ndjson: left out 2 lines that cannot be read as a report; the first is line 5: invalid character 'o' in literal null (expecting 'u')\n"
+	)
 	const offRemark = "collection is off: counts stand still until 'virtexit on'\n"
 	for _, tt := range []struct {
 		name   string
@@ -267,6 +283,37 @@ func TestRun(t *testing.T) {
 		{name: "on help", args: "on --help", golden: "help-on.txt"},
 		{name: "completion of a level", args: "__complete level web01 ", golden: "complete-level.txt", stderr: "Completion ended with directive: ShellCompDirectiveNoFileComp\n"},
 		{name: "completion of one domain", args: "__complete log web01 ", golden: "complete-none.txt", stderr: "Completion ended with directive: ShellCompDirectiveNoFileComp\n"},
+		{name: "watch", args: "watch -b -n 2 --sort name", golden: "watch.txt"},
+		{name: "watch one, reversed", args: "watch web01 -b -n 1 --reverse", golden: "watch-one.txt"},
+		{name: "watch csv", args: "watch --format csv -n 2 -d 0.5", golden: "watch.csv"},
+		{name: "watch json", args: "watch --format json -n 1 -d 2", golden: "watch.json"},
+		{name: "watch while off", args: "watch -bn1", with: func(b *fakeBackend) {
+			off(b)
+			for i := range b.domains {
+				b.domains[i].SpanNS = 0
+			}
+		}, stderr: offRemark, golden: "watch-off.txt"},
+		{name: "watch when nothing runs", args: "watch -bn1", with: func(b *fakeBackend) { b.domains = nil }, golden: "watch-none.txt"},
+		{name: "watch help", args: "watch --help", golden: "help-watch.txt"},
+		{name: "record", args: "record - web01 -n 1", golden: "record.json", stderr: "1 report recorded\n"},
+		{name: "record help", args: "record --help", golden: "help-record.txt"},
+		{name: "replay", args: "replay testdata/recorded.ndjson", golden: "replay.txt", stderr: torn},
+		{name: "replay json", args: "replay testdata/recorded.ndjson web01 --format json", golden: "replay.json", stderr: torn},
+		{name: "replay csv", args: "replay testdata/recorded.ndjson --format csv --limit 1", golden: "replay.csv", stderr: torn},
+		{name: "replay by vcpu", args: "replay testdata/recorded.ndjson 1 --by vcpu", golden: "replay-vcpu.txt", stderr: torn},
+		{name: "replay some", args: "replay testdata/recorded.ndjson web01 --since 2026-01-02T15:04:03Z --until 2026-01-02T16:04:04.5+01:00", golden: "replay-one.txt", stderr: torn},
+		{name: "replay each", args: "replay testdata/recorded.ndjson --each --sort idle --since 2026-01-02T15:10:00Z", golden: "replay-each.txt", stderr: torn},
+		{name: "replay each csv", args: "replay testdata/recorded.ndjson web01 --each --format csv", golden: "replay-each.csv", stderr: torn},
+		{name: "replay help", args: "replay --help", golden: "help-replay.txt"},
+		{name: "log since", args: "log web01 --since 2026-01-02T15:04:05.678901Z", golden: "log-since.txt"},
+		{name: "completion help", args: "completion --help", golden: "help-completion.txt"},
+		{name: "completion of a key", args: "__complete watch --sort ", golden: "complete-sort.txt", stderr: noFile},
+		{name: "completion of a reason", args: "__complete log web01 --reason ", golden: "complete-reason.txt", stderr: noFile},
+		{name: "completion of any reason", args: "__complete log --reason ", golden: "complete-reason.txt", stderr: noFile},
+		{name: "completion of a file", args: "__complete record ", golden: "complete-file.txt", stderr: "Completion ended with directive: ShellCompDirectiveDefault\n"},
+		{name: "completion of what is recorded", args: "__complete record f ", golden: "complete.txt", stderr: noFile},
+		{name: "completion of a shell", args: "__complete completion ", golden: "complete-shell.txt", stderr: noFile},
+		{name: "completion of a number", args: "__complete watch -n ", golden: "complete-none.txt", stderr: noFile},
 		{name: "version", args: "--version", golden: "version.txt"},
 		{name: "help", args: "--help", golden: "help.txt"},
 		{name: "report help", args: "report --help", golden: "help-report.txt"},
@@ -288,6 +335,19 @@ func TestRun(t *testing.T) {
 		{name: "log of an unknown domain", args: "log web99 -f", code: 1, stderr: "error: failed to get domain 'web99'\n"},
 		{name: "log breaks off", args: "log web01 -f --format json", with: func(b *fakeBackend) { b.followErr = errors.New("collector gone") }, code: 1, golden: "log-follow.json", stderr: "error: collector gone\n"},
 
+		{name: "watch of an unknown domain", args: "watch web99 -b", code: 1, stderr: "error: failed to get domain 'web99'\n"},
+		{name: "watch without daemon", args: "--socket /no/sock watch -b", code: 1, stderr: "error: cannot connect to virtexitd at '/no/sock': no such file: is the daemon running?\n"},
+		{name: "record of an unknown domain", args: "record - web99", code: 1, stderr: "error: failed to get domain 'web99'\n"},
+		{name: "replay of no file", args: "replay testdata/nothing", code: 1, stderr: "error: open testdata/nothing: no such file or directory\n"},
+		{name: "replay of something else", args: "replay testdata/on.txt", code: 1, stderr: "testdata/on.txt: left out 1 line that cannot be read as a report; the first is line 1: invalid character 'c' looking for beginning of value\n" +
+			"error: testdata/on.txt: no report of virtexit is in it\n"},
+		{name: "replay of nothing", args: "replay /dev/null", code: 1, stderr: "error: /dev/null: no report of virtexit is in it\n"},
+		{name: "replay of a total", args: "replay testdata/total.ndjson", code: 1, stderr: "testdata/total.ndjson: left out 3 lines that cannot be read as a report; the first is line 1: it is a total and not of an interval\n" +
+			"error: testdata/total.ndjson: no report of virtexit is in it\n"},
+		{name: "replay of an unknown domain", args: "replay testdata/recorded.ndjson web99", code: 1, stderr: torn + "error: failed to get domain 'web99'\n"},
+		{name: "replay of another time", args: "replay testdata/recorded.ndjson --since 2026-02-01", code: 1,
+			stderr: torn + "error: testdata/recorded.ndjson: no report is of that time; the first ends 2026-01-02 16:04:02, the last 2026-01-02 16:10:12\n"},
+
 		{name: "unknown command", args: "frobnicate", code: 2, stderr: "error: unknown command \"frobnicate\" for \"virtexit\"\nTry 'virtexit --help'.\n"},
 		{name: "unknown flag", args: "list --bogus", code: 2, stderr: "error: unknown flag: --bogus\nTry 'virtexit list --help'.\n"},
 		{name: "argument too many", args: "status x", code: 2, stderr: "error: unknown command \"x\" for \"virtexit status\"\nTry 'virtexit status --help'.\n"},
@@ -301,6 +361,19 @@ func TestRun(t *testing.T) {
 		{name: "log of a negative vcpu", args: "log web01 --vcpu -1", code: 2, stderr: "error: --vcpu -1 is negative\nTry 'virtexit log --help'.\n"},
 		{name: "log of no reason", args: "log web01 --reason=", code: 2, stderr: "error: --reason is empty\nTry 'virtexit log --help'.\n"},
 		{name: "log of a negative limit", args: "log web01 --limit -1", code: 2, stderr: "error: --limit -1 is negative\nTry 'virtexit log --help'.\n"},
+		{name: "bad delay", args: "watch -d soon", code: 2, stderr: "error: invalid argument \"soon\" for \"-d, --delay\" flag: \"soon\" is neither a duration nor a number of seconds\nTry 'virtexit watch --help'.\n"},
+		{name: "short delay", args: "watch -d 0.01", code: 2, stderr: "error: invalid argument \"0.01\" for \"-d, --delay\" flag: 0.01 is not between 100ms and 1h0m0s\nTry 'virtexit watch --help'.\n"},
+		{name: "endless delay", args: "watch -d inf", code: 2, stderr: "error: invalid argument \"inf\" for \"-d, --delay\" flag: inf is not between 100ms and 1h0m0s\nTry 'virtexit watch --help'.\n"},
+		{name: "negative iterations", args: "watch -n -1", code: 2, stderr: "error: --iterations -1 is negative\nTry 'virtexit watch --help'.\n"},
+		{name: "bad key", args: "watch --sort size", code: 2, stderr: "error: invalid argument \"size\" for \"-o, --sort\" flag: must be exits, name, id, guest, kvm, user, idle or wait\nTry 'virtexit watch --help'.\n"},
+		{name: "record nowhere", args: "record", code: 2, stderr: "error: requires at least 1 arg(s), only received 0\nTry 'virtexit record --help'.\n"},
+		{name: "replay nothing", args: "replay", code: 2, stderr: "error: requires at least 1 arg(s), only received 0\nTry 'virtexit replay --help'.\n"},
+		{name: "replay each by vcpu", args: "replay f --each --by vcpu", code: 2, stderr: "error: --by and --limit are about the sum and cannot go with --each\nTry 'virtexit replay --help'.\n"},
+		{name: "replay sorted sum", args: "replay f --sort name", code: 2, stderr: "error: --sort goes with --each\nTry 'virtexit replay --help'.\n"},
+		{name: "replay backwards", args: "replay f --since 2026-01-02 --until 2026-01-01", code: 2, stderr: "error: --until 2026-01-01 is not after --since 2026-01-02\nTry 'virtexit replay --help'.\n"},
+		{name: "bad since", args: "replay f --since soon", code: 2, stderr: "error: invalid argument \"soon\" for \"--since\" flag: \"soon\" is no time: write 10m, 15:04, 2006-01-02 15:04:05 or 2006-01-02T15:04:05Z\nTry 'virtexit replay --help'.\n"},
+		{name: "log since and follow", args: "log web01 -f --since 1m", code: 2, stderr: "error: --since and --follow exclude each other\nTry 'virtexit log --help'.\n"},
+		{name: "bad shell", args: "completion csh", code: 2, stderr: "error: invalid shell \"csh\": must be bash, zsh or fish\nTry 'virtexit completion --help'.\n"},
 		{name: "bad interval", args: "report --interval soon", code: 2, stderr: "error: invalid argument \"soon\" for \"--interval\" flag: time: invalid duration \"soon\"\nTry 'virtexit report --help'.\n"},
 		{name: "short interval", args: "report --interval 1ms", code: 2, stderr: "error: --interval 1ms is not between 100ms and 1h0m0s\nTry 'virtexit report --help'.\n"},
 		{name: "interval and total", args: "report --total --interval 1s", code: 2, stderr: "error: --interval and --total exclude each other\nTry 'virtexit report --help'.\n"},
@@ -314,6 +387,10 @@ func TestRun(t *testing.T) {
 				tt.with(b)
 			}
 			t.Setenv("VIRTEXIT_SOCKET", serve(t, b))
+			if strings.HasPrefix(tt.golden, "help") { // a usual path, as lines are broken
+				t.Setenv("VIRTEXIT_SOCKET", api.DefaultSocket)
+			}
+			t.Setenv("COLUMNS", "80")
 			args := strings.Split(tt.args, " ")
 			for i := range args {
 				args[i] = strings.ReplaceAll(args[i], "_", " ")
@@ -327,6 +404,11 @@ func TestRun(t *testing.T) {
 			}
 			if diff := cmp.Diff(tt.stderr, stderr.String()); diff != "" {
 				t.Errorf("stderr (-want +got)\n%s", diff)
+			}
+			for line := range strings.Lines(stdout.String()) {
+				if strings.HasPrefix(tt.golden, "help") && len(line) > 81 {
+					t.Errorf("longer than 80: %s", line)
+				}
 			}
 			golden(t, tt.golden, strings.ReplaceAll(stdout.String(), os.Getenv("VIRTEXIT_SOCKET"), "SOCKET"))
 		})
@@ -457,7 +539,7 @@ func (fullDisk) Write([]byte) (int, error) { return 0, errors.New("no space left
 
 func TestWriteError(t *testing.T) {
 	path := serve(t, newBackend())
-	for _, command := range []string{"list", "report", "status", "on", "off", "level web01", "log web01", "log web01 -f"} {
+	for _, command := range []string{"list", "report", "status", "on", "off", "level web01", "log web01", "log web01 -f", "watch -b", "record -", "replay testdata/recorded.ndjson --each", "completion zsh"} {
 		var stderr bytes.Buffer
 		if code := run(t.Context(), append([]string{"--socket", path}, strings.Split(command, " ")...), fullDisk{}, &stderr); code != 1 || stderr.String() != "error: no space left\n" {
 			t.Errorf("%s: exit code %d, %s", command, code, &stderr)

@@ -50,7 +50,8 @@ func timesValues(t api.Times) []string {
 	return values(t.GuestNS, t.KVMNS, t.UserNS, t.PollNS, t.HaltedNS, t.WaitNS, t.OutsideNS)
 }
 
-func listCSV(w io.Writer, d api.Domains, o ListOptions) error {
+// listRows has a header and one row for each domain.
+func listRows(domains []api.Domain, o ListOptions) [][]string {
 	var title, owner []string
 	if o.Title {
 		title = []string{"title", "description"}
@@ -61,8 +62,8 @@ func listCSV(w io.Writer, d api.Domains, o ListOptions) error {
 	rows := [][]string{slices.Concat(
 		[]string{"id", "name", "uuid", "run", "tgid", "state", "source", "level", "since", "vcpus", "wall_ns", "span_ns", "count", "rate"}, timesHeader,
 		[]string{"guest_pct", "kvm_pct", "user_pct", "poll_pct", "halted_pct", "wait_pct", "outside_pct", "top_reasons"}, title, owner)}
-	for i := range d.Domains {
-		d := &d.Domains[i]
+	for i := range domains {
+		d := &domains[i]
 		top := ""
 		if len(d.Exits) > 0 {
 			top = topReasons(d)
@@ -82,7 +83,7 @@ func listCSV(w io.Writer, d api.Domains, o ListOptions) error {
 			values(d.ID, d.Name, d.UUID, d.Run, d.TGID, d.State, d.Source, d.Level, d.Since, len(d.VCPUs), d.WallNS, d.SpanNS, d.Count, d.Rate),
 			timesValues(d.Time), values(p.Guest, p.KVM, p.User, p.Poll, p.Halted, p.Wait, p.Outside, top), title, owner))
 	}
-	return csv.NewWriter(w).WriteAll(rows)
+	return rows
 }
 
 func reasonsCSV(w io.Writer, r api.Report, limit int) error {

@@ -7,13 +7,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"strings"
 
 	"virtexit/internal/api"
 )
 
-// Log prints the latest exits of a domain, latest first.
-func Log(w io.Writer, l api.Log, f Format) error {
+// Log prints the latest exits of a domain, latest first, on a terminal of a
+// width; 0: nothing is cut.
+func Log(w io.Writer, l api.Log, f Format, width int) error {
 	if f == JSON {
 		return writeJSON(w, l)
 	}
@@ -22,54 +22,63 @@ func Log(w io.Writer, l api.Log, f Format) error {
 		if l.Overrun > 0 {
 			kept = fmt.Sprintf(", %d of them overwritten", l.Overrun)
 		}
-		if _, err := fmt.Fprintf(w, "Domain '%s', %d exits logged%s\n", Clean(l.Domain), l.Logged, kept); err != nil {
+		if _, err := fmt.Fprintf(w, "Domain '%s', %s logged%s\n", Clean(l.Domain), Plural(l.Logged, "exit"), kept); err != nil {
 			return err
 		}
 	}
-	if err := logHeader(w, f); err != nil {
+	if err := logHeader(w, f, width); err != nil {
 		return err
 	}
 	for i := range l.Exits {
-		if err := LogLine(w, api.LogLine{LoggedExit: &l.Exits[i]}, f); err != nil {
+		if err := LogLine(w, api.LogLine{LoggedExit: &l.Exits[i]}, f, width); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// logRow has widths of its own: followed, a log is printed line by line.
-const logRow = " %-26s  %4s  %-15s  %8s  %s\n"
+// logTable has widths of its own: followed, a log is printed line by line.
+func logTable() *table {
+	return &table{columns: []column{
+		{title: "Time", wide: 26}, {title: "vCPU", right: true, wide: 4, spare: 1}, {title: "Reason", wide: 18, least: 10},
+		{title: "Duration", right: true, wide: 8}, {title: "RIP", wide: 18, spare: 2},
+	}}
+}
 
-func logHeader(w io.Writer, f Format) error {
-	var err error
+func logHeader(w io.Writer, f Format, width int) error {
 	switch f {
 	case Table:
-		_, err = fmt.Fprintf(w, logRow+"%s\n", "Time", "vCPU", "Reason", "Duration", "RIP", strings.Repeat("-", lineWidth))
+		return logTable().print(w, width, true, false)
 	case CSV:
-		err = csv.NewWriter(w).WriteAll([][]string{{"time", "vcpu", "isa", "code", "reason", "duration_ns", "rip"}})
+		return csv.NewWriter(w).WriteAll([][]string{{"time", "vcpu", "isa", "code", "reason", "duration_ns", "rip"}})
 	}
-	return err
+	return nil
 }
 
 // LogLine prints one line of a log that is followed: as JSON all of them, else a
 // header in place of the first, and the exits.
-func LogLine(w io.Writer, l api.LogLine, f Format) error {
+func LogLine(w io.Writer, l api.LogLine, f Format, width int) error {
 	if f == JSON {
-		enc := json.NewEncoder(w)
-		enc.SetEscapeHTML(false)
-		return enc.Encode(l)
+		return writeLine(w, l)
 	}
 	e := l.LoggedExit
 	switch {
 	case l.Schema != "":
-		return logHeader(w, f)
+		return logHeader(w, f, width)
 	case e == nil:
 		return nil
 	}
 	if f == CSV {
 		return csv.NewWriter(w).WriteAll([][]string{values(&e.Time, e.VCPU, e.ISA, e.Code, e.Reason, e.DurationNS, e.RIP)})
 	}
-	_, err := fmt.Fprintf(w, logRow, e.Time.Local().Format("2006-01-02 15:04:05.000000"), fmt.Sprint(e.VCPU), Clean(e.Reason),
-		durationOrNone(e.DurationNS), Clean(e.RIP))
-	return err
+	t := logTable()
+	t.add(e.Time.Local().Format("2006-01-02 15:04:05.000000"), fmt.Sprint(e.VCPU), e.Reason, durationOrNone(e.DurationNS), e.RIP)
+	return t.print(w, width, false, true)
+}
+
+// writeLine prints JSON on one line.
+func writeLine(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	return enc.Encode(v)
 }

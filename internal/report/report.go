@@ -4,7 +4,8 @@
 // and JSON for programs.
 //
 // Tables show "-" for what is not known, times with three significant digits,
-// and control characters in names as escapes. CSV is RFC 4180's with a header
+// and control characters in names as escapes. They fit a terminal of some width,
+// or are as wide as they are. CSV is RFC 4180's with a header
 // line, but with lines that end in LF as other tools here expect; its numbers
 // are unrounded, its times nanoseconds, its unknown values empty. JSON is the
 // api object, indented.
@@ -12,9 +13,12 @@ package report
 
 import (
 	"cmp"
+	"encoding/csv"
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"time"
 
 	"virtexit/internal/api"
@@ -46,6 +50,7 @@ type Options struct {
 	// Limit is the number of most frequent reasons of a domain that are
 	// printed; 0: all. Tables and CSV sum up the others in one row more.
 	Limit int
+	Width int // of the terminal; 0: nothing is cut
 }
 
 // Report prints a report.
@@ -72,34 +77,56 @@ func Report(w io.Writer, r api.Report, o Options) error {
 			fmt.Fprintln(w)
 		}
 		heading(w, d)
-		if d.Since == nil && d.Count == 0 {
-			if _, err := fmt.Fprintln(w, "nothing was counted"); err != nil {
+		if nothing := silence(d, r.Total); nothing != "" {
+			if _, err := fmt.Fprintln(w, nothing); err != nil {
 				return err
 			}
 			continue
 		}
-		if d.SpanNS == 0 && d.Count == 0 {
-			if _, err := fmt.Fprintf(w, "nothing was observed in %s\n", span(d.WallNS)); err != nil {
-				return err
-			}
-			continue
+		exits := "no exits"
+		if d.Count > 0 {
+			exits = fmt.Sprintf("%s, %s/s", Plural(d.Count, "exit"), rate(d.Rate))
 		}
-		fmt.Fprintf(w, "%s, %s, %d exits, %s/s\n", observed(d), plural(len(d.VCPUs), "vCPU"), d.Count, rate(d.Rate))
-		if d.Time.Sum() > 0 {
-			if err := where(d).write(w); err != nil {
-				return err
-			}
-			fmt.Fprintln(w)
-		}
-		rows := reasons(d, o.Limit)
-		if o.By == ByVCPU {
-			rows = vcpus(d)
-		}
-		if err := rows.write(w); err != nil {
+		if _, err := fmt.Fprintf(w, "%s, %s, %s\n", observed(d), Plural(uint64(len(d.VCPUs)), "vCPU"), exits); err != nil {
 			return err
+		}
+		var tables []*table
+		if d.Time.Sum() > 0 {
+			tables = append(tables, where(d))
+		}
+		if o.By == ByVCPU {
+			tables = append(tables, vcpus(d))
+		} else if len(d.Exits) > 0 {
+			tables = append(tables, reasons(d, o.Limit))
+		}
+		for i, t := range tables {
+			if i > 0 {
+				fmt.Fprintln(w)
+			}
+			if err := t.write(w, o.Width); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// silence says why there is nothing to show of a domain; empty: there is.
+func silence(d *api.Domain, total bool) string {
+	switch {
+	case d.Since == nil && d.Count == 0 && d.Running():
+		return "nothing was counted yet"
+	case d.Since == nil && d.Count == 0:
+		return "nothing was counted"
+	case d.SpanNS > 0 || d.Count > 0:
+		return ""
+	case !d.Running() && !total:
+		return "did not run; 'virtexit report --total' tells of its last run"
+	}
+	if d.WallNS <= 0 {
+		return "nothing was observed"
+	}
+	return "nothing was observed in " + span(d.WallNS)
 }
 
 // heading tells which domain the table below is about.
@@ -111,13 +138,17 @@ func heading(w io.Writer, d *api.Domain) {
 	if d.UUID != nil {
 		fmt.Fprintf(w, ", uuid %s", Clean(*d.UUID))
 	}
-	if d.Run != nil && !d.Running() {
+	switch {
+	case d.Run != nil && !d.Running():
 		fmt.Fprintf(w, ", past run %s", Clean(*d.Run))
+	case d.State != "running" && d.State != "":
+		fmt.Fprintf(w, ", %s", Clean(d.State))
 	}
 	fmt.Fprintln(w)
 }
 
-func plural(n int, what string) string {
+// Plural counts things.
+func Plural(n uint64, what string) string {
 	if n == 1 {
 		return "1 " + what
 	}
@@ -144,9 +175,9 @@ func observed(d *api.Domain) string {
 // where tells where the time of the domain's vCPUs went.
 func where(d *api.Domain) *table {
 	t := &table{columns: []column{
-		{title: plural(len(d.VCPUs), "vCPU"), right: true}, {title: "Guest", right: true}, {title: "KVM", right: true},
-		{title: "User", right: true}, {title: "Poll", right: true}, {title: "Halted", right: true}, {title: "Wait", right: true},
-		{title: "Outside", right: true},
+		{title: Plural(uint64(len(d.VCPUs)), "vCPU"), right: true}, {title: "Guest", right: true}, {title: "KVM", right: true, spare: 1},
+		{title: "User", right: true, spare: 2}, {title: "Poll", right: true, spare: 5}, {title: "Halted", right: true, spare: 3},
+		{title: "Wait", right: true, spare: 4}, {title: "Outside", right: true, spare: 6},
 	}}
 	ns, pct := d.Time, d.Time.Pct()
 	t.add(duration(ns.Sum()), duration(ns.GuestNS), duration(ns.KVMNS), duration(ns.UserNS), duration(ns.PollNS),
@@ -158,8 +189,8 @@ func where(d *api.Domain) *table {
 
 // shares are the columns that tell at a glance where time went.
 var shares = []column{
-	{title: "Guest", right: true}, {title: "KVM", right: true}, {title: "User", right: true}, {title: "Idle", right: true},
-	{title: "Wait", right: true},
+	{title: "Guest", right: true, spare: 2}, {title: "KVM", right: true, spare: 3}, {title: "User", right: true, spare: 4},
+	{title: "Idle", right: true, spare: 5}, {title: "Wait", right: true, spare: 6},
 }
 
 // cells are those of the shares. Where nothing was timed they are not known.
@@ -172,9 +203,9 @@ func cells(p api.TimePct) []string {
 
 func reasons(d *api.Domain, limit int) *table {
 	t := &table{columns: []column{
-		{title: "Reason", least: 10}, {title: "Count", right: true}, {title: "Rate", right: true}, {title: "Share", right: true, spare: true},
-		{title: "Time", right: true}, {title: "User", right: true}, {title: "Mean", right: true}, {title: "P50", right: true}, {title: "P99", right: true},
-		{title: "Max", right: true},
+		{title: "Reason", least: 10}, {title: "Count", right: true}, {title: "Rate", right: true, spare: 1}, {title: "Share", right: true, spare: 7},
+		{title: "Time", right: true}, {title: "User", right: true, spare: 5}, {title: "Mean", right: true, spare: 2}, {title: "P50", right: true, spare: 6},
+		{title: "P99", right: true, spare: 4}, {title: "Max", right: true, spare: 3},
 	}}
 	for _, e := range top(d.Exits, limit) {
 		var sum *uint64
@@ -188,6 +219,13 @@ func reasons(d *api.Domain, limit int) *table {
 		}
 		t.add(e.Reason, count(e.Count), rate(e.Rate), percent(100*e.Share), durationOrNone(sum), user,
 			durationOrNone(e.MeanNS), durationOrNone(e.P50NS), durationOrNone(e.P99NS), durationOrNone(e.MaxNS))
+	}
+	has := func(known func(*api.Exit) *uint64) bool {
+		return slices.ContainsFunc(d.Exits, func(e api.Exit) bool { return known(&e) != nil })
+	}
+	if has(func(e *api.Exit) *uint64 { return e.MeanNS }) && !has(func(e *api.Exit) *uint64 { return e.P50NS }) {
+		t.remove(8) // percentiles, which a sum of reports has not
+		t.remove(7)
 	}
 	return t
 }
@@ -215,8 +253,8 @@ func top(exits []api.Exit, limit int) []api.Exit {
 
 func vcpus(d *api.Domain) *table {
 	t := &table{columns: append([]column{
-		{title: "vCPU", right: true}, {title: "TID", right: true}, {title: "Exits", right: true}, {title: "Rate", right: true},
-		{title: "Share", right: true, spare: true},
+		{title: "vCPU", right: true}, {title: "TID", right: true, spare: 7}, {title: "Exits", right: true}, {title: "Rate", right: true, spare: 1},
+		{title: "Share", right: true, spare: 8},
 	}, shares...)}
 	for _, v := range d.VCPUs {
 		tid := none
@@ -245,6 +283,7 @@ type ListOptions struct {
 	Runs bool
 	// Title and Owner add columns to tables and CSV; JSON has all of them.
 	Title, Owner bool
+	Width        int // of the terminal; 0: nothing is cut
 }
 
 // List prints domains, one a line.
@@ -253,17 +292,21 @@ func List(w io.Writer, d api.Domains, o ListOptions) error {
 	case JSON:
 		return writeJSON(w, d)
 	case CSV:
-		return listCSV(w, d, o)
+		return csv.NewWriter(w).WriteAll(listRows(d.Domains, o))
 	}
-	columns := append([]column{{title: "Id"}, {title: "Name", least: 17}, {title: "State"}, {title: "Exits/s", right: true}}, shares...)
-	columns = append(columns, column{title: "Top", least: 7, list: true, spare: true})
+	return domains(d.Domains, o, func(d *api.Domain) bool {
+		paused := d.Since != nil && d.Level == "off"
+		return o.Collecting && d.Running() && !paused
+	}).write(w, o.Width)
+}
+
+// domains has one a row. Rates and shares of the time are shown where they are
+// known.
+func domains(domains []api.Domain, o ListOptions, known func(*api.Domain) bool) *table {
+	columns := append([]column{{title: "Id"}, {title: "Name", least: 17}, {title: "State", spare: 1}, {title: "Exits/s", right: true}}, shares...)
+	columns = append(columns, column{title: "Top", least: 7, list: true, spare: 7})
 	if o.Runs {
-		columns = append(columns[:3:3], column{title: "Run"}, column{title: "Since", spare: true}, column{title: "Exits", right: true, spare: true})
-	}
-	if o.Title || o.Owner {
-		for i := range columns[4:] { // what was asked for goes before them
-			columns[4+i].spare = true
-		}
+		columns = append(columns[:3:3], column{title: "Run"}, column{title: "Since", spare: 2}, column{title: "Exits", right: true, spare: 3})
 	}
 	// They come last, where text that runs from right to left moves no number.
 	if o.Title {
@@ -273,13 +316,13 @@ func List(w io.Writer, d api.Domains, o ListOptions) error {
 		columns = append(columns, column{title: "Owner", least: 17})
 	}
 	t := &table{columns: columns}
-	for i := range d.Domains {
-		d := &d.Domains[i]
+	for i := range domains {
+		d := &domains[i]
 		id, exits, pct := none, none, api.TimePct{}
 		if d.ID != nil {
 			id = fmt.Sprint(*d.ID)
 		}
-		if paused := d.Since != nil && d.Level == "off"; o.Collecting && d.Running() && !paused {
+		if known(d) {
 			exits, pct = brief(d.Rate), d.TimePct
 		}
 		row := append(append([]string{id, d.Name, d.State, exits}, cells(pct)...), topReasons(d))
@@ -301,7 +344,7 @@ func List(w io.Writer, d api.Domains, o ListOptions) error {
 		}
 		t.add(row...)
 	}
-	return t.write(w)
+	return t
 }
 
 // title is the domain's, or what its cloud calls it.
@@ -343,7 +386,7 @@ func topReasons(d *api.Domain) string {
 }
 
 // Status prints how the daemon is.
-func Status(w io.Writer, s api.Status, f Format) error {
+func Status(w io.Writer, s api.Status, f Format, width int) error {
 	switch f {
 	case JSON:
 		return writeJSON(w, s)
@@ -393,11 +436,38 @@ func Status(w io.Writer, s api.Status, f Format) error {
 		if l[1] == "" {
 			continue
 		}
-		if _, err := fmt.Fprintf(w, "%-15s %s\n", l[0]+":", Clean(l[1])); err != nil {
+		if _, err := fmt.Fprintf(w, "%-*s%s\n", indent, l[0]+":", fold(Clean(l[1]), width)); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// indent is how wide the names of a status are.
+const indent = 16
+
+// fold breaks a line between words where the terminal ends.
+func fold(s string, limit int) string {
+	if limit <= 0 {
+		return s
+	}
+	var b strings.Builder
+	column := indent
+	for i, word := range strings.Split(s, " ") {
+		n := width(word)
+		switch {
+		case i == 0:
+		case column+1+n > limit:
+			b.WriteString("\n" + strings.Repeat(" ", indent))
+			column = indent
+		default:
+			b.WriteByte(' ')
+			column++
+		}
+		b.WriteString(word)
+		column += n
+	}
+	return b.String()
 }
 
 func writeJSON(w io.Writer, v any) error {

@@ -22,6 +22,9 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files")
 
+// lineWidth is that of the golden files.
+const lineWidth = 80
+
 func golden(t *testing.T, name string, got []byte) {
 	t.Helper()
 	path := filepath.Join("testdata", name)
@@ -229,29 +232,29 @@ func TestGolden(t *testing.T) {
 		for name, domains := range cases() {
 			report := api.Report{Schema: api.Schema, Time: since, IntervalNS: 1e9, Domains: domains}
 			check("list-"+name, f, func(w *bytes.Buffer) error {
-				return List(w, api.Domains{Schema: api.Schema, Domains: domains}, ListOptions{Format: f, Collecting: true})
+				return List(w, api.Domains{Schema: api.Schema, Domains: domains}, ListOptions{Format: f, Collecting: true, Width: lineWidth})
 			})
 			check("reasons-"+name, f, func(w *bytes.Buffer) error {
-				return Report(w, report, Options{Format: f, By: ByReason})
+				return Report(w, report, Options{Format: f, By: ByReason, Width: lineWidth})
 			})
 			check("vcpus-"+name, f, func(w *bytes.Buffer) error {
-				return Report(w, report, Options{Format: f, By: ByVCPU})
+				return Report(w, report, Options{Format: f, By: ByVCPU, Width: lineWidth})
 			})
 		}
 		check("list-standing-still", f, func(w *bytes.Buffer) error {
-			return List(w, api.Domains{Schema: api.Schema, Domains: cases()["usual"]}, ListOptions{Format: f})
+			return List(w, api.Domains{Schema: api.Schema, Domains: cases()["usual"]}, ListOptions{Format: f, Width: lineWidth})
 		})
 		for name, o := range map[string]ListOptions{"title": {Title: true}, "owner": {Owner: true}, "title-owner": {Title: true, Owner: true}} {
 			if f == JSON && name != "title-owner" {
 				continue // there it is the same
 			}
-			o.Format, o.Collecting = f, true
+			o.Format, o.Collecting, o.Width = f, true, lineWidth
 			check("list-"+name, f, func(w *bytes.Buffer) error {
 				return List(w, api.Domains{Schema: api.Schema, Domains: clouds()}, o)
 			})
 		}
 		check("reasons-limit", f, func(w *bytes.Buffer) error {
-			return Report(w, api.Report{Schema: api.Schema, Total: true, Time: since, Domains: []api.Domain{web(), intel()}}, Options{Format: f, By: ByReason, Limit: 2})
+			return Report(w, api.Report{Schema: api.Schema, Total: true, Time: since, Domains: []api.Domain{web(), intel()}}, Options{Format: f, By: ByReason, Limit: 2, Width: lineWidth})
 		})
 		good := api.Status{
 			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), Module: "0.1.0", Hook: "tracepoint",
@@ -263,15 +266,15 @@ func TestGolden(t *testing.T) {
 			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "off", Problem: "the module virtexit is not loaded", Hook: "none",
 			Kernel: "6.1.0-56-amd64", ISA: "none", Libvirt: api.Libvirt{URI: "qemu:///system", Error: "no route,\nto \"host\""}, TotalsSince: since, Since: since,
 		}
-		check("status-good", f, func(w *bytes.Buffer) error { return Status(w, good, f) })
-		check("status-bad", f, func(w *bytes.Buffer) error { return Status(w, bad, f) })
+		check("status-good", f, func(w *bytes.Buffer) error { return Status(w, good, f, lineWidth) })
+		check("status-bad", f, func(w *bytes.Buffer) error { return Status(w, bad, f, lineWidth) })
 	}
 }
 
 // A name moves no column, however wide a terminal shows it.
 func TestColumns(t *testing.T) {
 	var out bytes.Buffer
-	if err := List(&out, api.Domains{Domains: uglier}, ListOptions{Format: Table, Collecting: true}); err != nil {
+	if err := List(&out, api.Domains{Domains: uglier}, ListOptions{Format: Table, Collecting: true, Width: lineWidth}); err != nil {
 		t.Fatal(err)
 	}
 	want := -1
@@ -362,7 +365,7 @@ func TestDuration(t *testing.T) {
 	}{
 		{0, "0ns"}, {1, "1ns"}, {999, "999ns"}, {1000, "1.00us"}, {9994, "9.99us"}, {9995, "10.0us"}, {99949, "99.9us"}, {99950, "100us"},
 		{999499, "999us"}, {999500, "1.00ms"}, {12345678, "12.3ms"}, {999499999, "999ms"}, {999500000, "1.00s"}, {59e9, "59.0s"},
-		{123456789e3, "123s"}, {987654321e6, "987654s"}, {1<<64 - 1, "18446744074s"},
+		{123456789e3, "123s"}, {99999e9, "99999s"}, {100000e9, "28h"}, {9999 * 3600e9, "9999h"}, {10000 * 3600e9, "417d"}, {1<<64 - 1, "213504d"},
 	} {
 		if got := duration(tt.ns); got != tt.want {
 			t.Errorf("duration(%d) = %s, want %s", tt.ns, got, tt.want)
@@ -383,14 +386,14 @@ func TestFit(t *testing.T) {
 		{"an item less", "1", text(55), "60% hlt, 30% io", "Id Name Number Top", "1 " + text(55) + " 123456 60% hlt"},
 		{"the name cut", "1", text(60), "60% hlt", "Id Name Number Top", "1 " + text(57) + "… 123456 60% hlt"},
 		{"a column less", text(56), text(30), "60% hlt", "Id Name Number", text(56) + " " + text(12) + "… 123456"},
-		{"too much", text(80), text(30), "60% hlt", "Id Name Number", text(80) + " " + text(9) + "… 123456"},
+		{"too much", text(80), text(30), "60% hlt", "Id Name Number", text(80) + " " + text(5) + "… 123456"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			table := &table{columns: []column{{title: "Id"}, {title: "Name", least: 10}, {title: "Number", right: true},
-				{title: "Top", least: 7, list: true, spare: true}}}
+				{title: "Top", least: 7, list: true, spare: 1}}}
 			table.add(tt.id, tt.title, "123456", tt.top)
 			var out bytes.Buffer
-			if err := table.write(&out); err != nil {
+			if err := table.write(&out, lineWidth); err != nil {
 				t.Fatal(err)
 			}
 			lines := strings.Split(out.String(), "\n")
@@ -415,7 +418,7 @@ func TestWriteError(t *testing.T) {
 		if err := Report(fullDisk{}, api.Report{Domains: ugly}, Options{Format: f, By: ByReason}); err == nil {
 			t.Errorf("report %s: no error", f)
 		}
-		if err := Status(fullDisk{}, api.Status{}, f); err == nil {
+		if err := Status(fullDisk{}, api.Status{}, f, 0); err == nil {
 			t.Errorf("status %s: no error", f)
 		}
 	}

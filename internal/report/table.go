@@ -14,9 +14,6 @@ import (
 	"github.com/mattn/go-runewidth"
 )
 
-// lineWidth is what a table tries not to exceed.
-const lineWidth = 80
-
 // none stands for what is not known.
 const none = "-"
 
@@ -24,16 +21,22 @@ const none = "-"
 type column struct {
 	title string
 	right bool // aligned; a column of numbers
+	wide  int  // at the least, whatever the rows are; for rows that come one by one
 	least int  // width down to which it may be cut; 0: never cut
 	list  bool // of items, of which those go first that do not fit
-	spare bool // left out when the line is too long even then, the last one first
+	spare int  // left out when the line is too long even then, the highest first; 0: never
 }
 
-// table prints as virsh does: a leading space, a header, a dashed rule.
+// table prints as virsh does: a leading space, a header, a dashed rule. What is
+// too long for a line is cut down to a column's least width, the last column
+// first. Then columns are left out, then texts cut further. Numbers never are.
 type table struct {
 	columns []column
 	rows    [][]string
 }
+
+// stump is the width down to which a text is cut when nothing else helps.
+const stump = 6
 
 func (t *table) add(cells ...string) {
 	for i := range cells {
@@ -47,19 +50,14 @@ const (
 	separator = ", " // of the items of a list
 )
 
-func (t *table) write(w io.Writer) error {
-	widths, line := t.fit()
-	for line > lineWidth {
-		spare := len(t.columns) - 1
-		for spare >= 0 && !t.columns[spare].spare {
-			spare--
-		}
-		if spare < 0 {
-			break
-		}
-		t.remove(spare)
-		widths, line = t.fit()
-	}
+// write prints the table on lines of a width; 0: as long as they are.
+func (t *table) write(w io.Writer, width int) error {
+	return t.print(w, width, true, true)
+}
+
+// print prints the header, the rows or both.
+func (t *table) print(w io.Writer, limit int, header, rows bool) error {
+	widths, line := t.fit(limit)
 	var b strings.Builder
 	writeLine := func(cell func(int) string) {
 		var text strings.Builder
@@ -82,34 +80,66 @@ func (t *table) write(w io.Writer) error {
 		}
 		b.WriteString(strings.TrimRight(" "+text.String(), " ") + "\n")
 	}
-	writeLine(func(i int) string { return t.columns[i].title })
-	b.WriteString(strings.Repeat("-", line) + "\n")
-	for _, row := range t.rows {
-		writeLine(func(i int) string { return row[i] })
+	if header {
+		writeLine(func(i int) string { return t.columns[i].title })
+		b.WriteString(strings.Repeat("-", line) + "\n")
+	}
+	if rows {
+		for _, row := range t.rows {
+			writeLine(func(i int) string { return row[i] })
+		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
 }
 
-// fit chooses the widths of the columns, the last ones being cut first, and
-// tells that of the line.
-func (t *table) fit() (widths []int, line int) {
+// fit chooses the columns and their widths, and tells that of the line.
+func (t *table) fit(limit int) (widths []int, line int) {
+	for {
+		widths, line = t.measure()
+		if limit <= 0 || t.cut(widths, &line, limit, false) {
+			return widths, line
+		}
+		spare := 0
+		for i, c := range t.columns {
+			if c.spare > t.columns[spare].spare {
+				spare = i
+			}
+		}
+		if t.columns[spare].spare == 0 {
+			t.cut(widths, &line, limit, true)
+			return widths, line
+		}
+		t.remove(spare)
+	}
+}
+
+func (t *table) measure() (widths []int, line int) {
 	widths = make([]int, len(t.columns))
 	line = 1 - len(gap)
 	for i, c := range t.columns {
-		widths[i] = width(c.title)
+		widths[i] = max(width(c.title), c.wide)
 		for _, row := range t.rows {
 			widths[i] = max(widths[i], width(row[i]))
 		}
 		line += len(gap) + widths[i]
 	}
+	return widths, line
+}
+
+// cut narrows the columns of text, and tells whether the line is short enough.
+func (t *table) cut(widths []int, line *int, limit int, further bool) bool {
 	for i, c := range slices.Backward(t.columns) {
-		if cut := min(line-lineWidth, widths[i]-c.least); c.least > 0 && cut > 0 {
+		least := c.least
+		if further {
+			least = min(least, stump)
+		}
+		if cut := min(*line-limit, widths[i]-least); c.least > 0 && cut > 0 {
 			widths[i] -= cut
-			line -= cut
+			*line -= cut
 		}
 	}
-	return widths, line
+	return *line <= limit
 }
 
 func (t *table) remove(column int) {
@@ -161,7 +191,8 @@ func Clean(s string) string {
 	return b.String()
 }
 
-// duration prints nanoseconds with three significant digits.
+// duration prints nanoseconds with three significant digits, and from a day on
+// as people say it: the time of many vCPUs adds up.
 func duration(ns uint64) string {
 	if ns < 1000 {
 		return fmt.Sprintf("%dns", ns)
@@ -174,11 +205,14 @@ func duration(ns uint64) string {
 			return fmt.Sprintf("%.2f%s", v, unit)
 		case v < 99.95:
 			return fmt.Sprintf("%.1f%s", v, unit)
-		case v < 999.5 || unit == "s":
+		case v < 999.5 || unit == "s" && v < 99999.5:
 			return fmt.Sprintf("%.0f%s", v, unit)
 		}
 	}
-	return none // not reached
+	if h := v / 3600; h < 9999.5 {
+		return fmt.Sprintf("%.0fh", h)
+	}
+	return fmt.Sprintf("%.0fd", v/86400)
 }
 
 func durationOrNone(ns *uint64) string {
