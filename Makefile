@@ -4,7 +4,8 @@
 #	make test	every test, those in the lab included
 #	make bench-cost	what watching an exit costs, virtexit and others; build/bench-cost.json
 #	make lab	a root shell in that machine
-#	make build	bin/virtexitd, bin/virtexit
+#	make build	bin/virtexitd, bin/virtexit; build/completion, for shells
+#	make generate	what is generated and kept: internal/abi, docs/man
 #	make kmod	build/kmod/$(KVER)/virtexit.ko
 #	make kmods	the same for every kernel that Debian 12 offers, with every warning
 #	make kvm-patch	build/kvm-patch/$(KVER)/: KVM with an exit hook, see kvm-patch/README.md
@@ -21,9 +22,10 @@ TAGS    := libvirt_dlopen
 # What a fresh Debian 12 with Go and gcc lacks.
 PACKAGES_build := libc6-dev pkg-config libvirt-dev
 PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
+PACKAGES_docs  := man-db groff-base mandoc bash-completion zsh fish
 PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
-	bsdutils procps iproute2 sparse python3-minimal
+	bsdutils procps iproute2 sparse python3-minimal $(PACKAGES_docs)
 PACKAGES_debug := flex bison bc libelf-dev
 
 LAB := build/lab/bin/lab
@@ -38,6 +40,8 @@ build: packages-build
 	$(GO) build -trimpath -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/virtexit ./cmd/virtexitd
 	@# VDSM's hosts are not Debian's.
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/virtexit-vdsm-hook
+	@mkdir -p build/completion
+	@set -e; for shell in bash zsh fish; do bin/virtexit completion $$shell >build/completion/$$shell; done
 
 # Each kernel has a copy of its own to be built in.
 kmod: packages-kmod $(LAB)
@@ -99,12 +103,22 @@ $(LAB):
 
 # Onto this host; with DESTDIR into a folder, and nothing of the host is touched.
 UNIT     := $(PREFIX)/lib/systemd/system/virtexitd.service
+MAN      := $(PREFIX)/share/man
+BASH     := $(PREFIX)/share/bash-completion/completions/virtexit
+ZSH      := $(PREFIX)/share/zsh/vendor-completions/_virtexit
+FISH     := $(PREFIX)/share/fish/vendor_completions.d/virtexit.fish
 CONF     := /etc/virtexit/virtexitd.yaml
 KMOD_SRC := /usr/src/virtexit-$(VERSION)
 
 install: build
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/virtexit
 	install -D -t $(DESTDIR)$(PREFIX)/sbin bin/virtexitd
+	install -D -m 644 -t $(DESTDIR)$(MAN)/man1 docs/man/*.1
+	install -D -m 644 -t $(DESTDIR)$(MAN)/man5 docs/man/*.5
+	install -D -m 644 -t $(DESTDIR)$(MAN)/man8 docs/man/*.8
+	install -D -m 644 build/completion/bash $(DESTDIR)$(BASH)
+	install -D -m 644 build/completion/zsh $(DESTDIR)$(ZSH)
+	install -D -m 644 build/completion/fish $(DESTDIR)$(FISH)
 	install -D -m 644 configs/systemd/virtexitd.service $(DESTDIR)$(UNIT)
 	sed -i 's,^ExecStart=/usr/sbin/,ExecStart=$(PREFIX)/sbin/,' $(DESTDIR)$(UNIT)
 	@# What an administrator has edited stays; the new one is put beside it.
@@ -137,12 +151,15 @@ ifeq ($(DESTDIR),)
 	@rmmod virtexit 2>/dev/null || true
 endif
 	rm -f $(DESTDIR)$(PREFIX)/bin/virtexit $(DESTDIR)$(PREFIX)/sbin/virtexitd $(DESTDIR)$(UNIT) $(DESTDIR)$(CONF).new
+	rm -f $(addprefix $(DESTDIR),$(BASH) $(ZSH) $(FISH)) $(patsubst docs/man/%.1,$(DESTDIR)$(MAN)/man1/%.1,$(wildcard docs/man/*.1)) \
+		$(DESTDIR)$(MAN)/man5/virtexitd.yaml.5 $(DESTDIR)$(MAN)/man8/virtexitd.8
 	rm -rf $(DESTDIR)$(KMOD_SRC)
 	@if cmp -s configs/virtexitd.yaml $(DESTDIR)$(CONF); then rm -r $(DESTDIR)$(dir $(CONF)); \
 	elif [ -e $(DESTDIR)$(CONF) ]; then echo "$(CONF) has been edited and is kept"; fi
 
 generate:
 	$(GO) generate ./internal/abi
+	$(GO) test -tags $(TAGS) -count 1 -run '^TestMan$$' ./cmd/virtexit ./cmd/virtexitd -update
 
 # Installs what is missing; lists of packages older than a day are renewed, since old kernels vanish from the archive.
 packages-%:
@@ -157,7 +174,7 @@ packages-%:
 	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null
 
 clean:
-	rm -rf bin build/kmod build/kvm-patch build/lab/bin build/lab/logs
+	rm -rf bin build/completion build/kmod build/kvm-patch build/lab/bin build/lab/logs
 
 # And the unpacked kernels.
 distclean: clean

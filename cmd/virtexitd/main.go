@@ -39,32 +39,48 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// run is the program. It returns 2 for what the caller got wrong.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+const about = `virtexitd collects the VM exits of this host's guests, charges them to the domains
+of libvirt, and answers virtexit and other clients on a unix socket.`
+
+// options are those of the command line, beside those that load reads.
+type options struct {
+	*pflag.FlagSet
+	file    *string
+	version *bool
+}
+
+func newOptions() options {
 	flags := pflag.NewFlagSet("virtexitd", pflag.ContinueOnError)
-	flags.SetOutput(io.Discard) // errors are printed once, below
+	flags.SetOutput(io.Discard) // errors are printed once, by run
 	flags.SortFlags = false
-	file := flags.String("config", defaultConfig, "configuration `FILE`")
+	o := options{FlagSet: flags}
+	o.file = flags.String("config", defaultConfig, "configuration `FILE`")
 	flags.String("socket", defaults["socket"], "listen on the unix socket `PATH`")
 	flags.String("log-level", defaults["log_level"], "log messages of `LEVEL` and above: debug, info, warn, error")
-	showVersion := flags.Bool("version", false, "print the version")
+	o.version = flags.Bool("version", false, "print the version")
+	return o
+}
+
+// run is the program. It returns 2 for what the caller got wrong.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	flags := newOptions()
 	usage := func(err error) int {
 		fmt.Fprintf(stderr, "error: %v\n", err)
 		return 2
 	}
 	switch err := flags.Parse(args); {
 	case errors.Is(err, pflag.ErrHelp):
-		fmt.Fprintf(stdout, "Usage: virtexitd [OPTION...]\n\nCollects the VM exits of this host's guests.\n\n%s", flags.FlagUsages())
+		fmt.Fprintf(stdout, "Usage: virtexitd [OPTION...]\n\n%s\n\n%s", about, flags.FlagUsages())
 		return 0
 	case err != nil:
 		return usage(err)
 	case flags.NArg() > 0:
 		return usage(fmt.Errorf("unexpected argument %q", flags.Arg(0)))
-	case *showVersion:
+	case *flags.version:
 		fmt.Fprintln(stdout, "virtexitd", version)
 		return 0
 	}
-	c, err := load(*file, flags.Changed("config"), flags)
+	c, err := load(*flags.file, flags.Changed("config"), flags.FlagSet)
 	if err != nil {
 		return usage(err)
 	}
