@@ -6,6 +6,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/bin:$PWD/build/lab/bin:$PATH"
+export COLUMNS=80 # as on a terminal
 images=/var/lib/libvirt/images
 kernel=$1
 step=
