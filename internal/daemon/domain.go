@@ -5,6 +5,7 @@ package daemon
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"slices"
 	"time"
 
@@ -20,29 +21,53 @@ import (
 // its rates are made of.
 func (d *Daemon) list(view *ledger.View, pick func(*ledger.Total) (counts, rates *ledger.Total)) []api.Domain {
 	domains := make([]api.Domain, 0, len(view.Processes))
-	processes := make(map[snapshot.Process]bool)
-	uuids := make(map[string]bool)
-	for p, total := range view.Processes {
-		identity, known := d.config.Identities.Lookup(p, total.Comm)
-		if !known && !total.Live {
-			identity.TGID, identity.State = 0, vmmap.ShutOff
+	for identity, total := range d.each(view) {
+		var counts, rates *ledger.Total
+		if total != nil {
+			counts, rates = pick(total)
 		}
-		counts, rates := pick(total)
 		domains = append(domains, d.domain(view, identity, counts, rates))
-		processes[inProc(p)] = true
-		if identity.UUID != "" {
-			uuids[identity.UUID] = true
-		}
-	}
-	for _, identity := range d.config.Identities.Domains() {
-		switch {
-		case identity.TGID != 0 && processes[inProc(snapshot.Process{TGID: identity.TGID, Start: identity.Start})]:
-		case identity.TGID == 0 && identity.ID == nil && uuids[identity.UUID]: // the counts of its last run are known
-		default:
-			domains = append(domains, d.domain(view, identity, nil, nil))
-		}
 	}
 	return domains
+}
+
+// Counts returns the latest totals and, with the total of each, all domains;
+// that of a domain which was never counted is nil.
+func (d *Daemon) Counts() (*ledger.View, iter.Seq2[vmmap.Domain, *ledger.Total]) {
+	view := d.latest()
+	return view, d.each(view)
+}
+
+// each tells who the processes in the view are, and then of the domains that
+// took no exit.
+func (d *Daemon) each(view *ledger.View) iter.Seq2[vmmap.Domain, *ledger.Total] {
+	return func(yield func(vmmap.Domain, *ledger.Total) bool) {
+		processes := make(map[snapshot.Process]bool)
+		uuids := make(map[string]bool)
+		for p, total := range view.Processes {
+			identity, known := d.config.Identities.Lookup(p, total.Comm)
+			if !known && !total.Live {
+				identity.TGID, identity.State = 0, vmmap.ShutOff
+			}
+			if !yield(identity, total) {
+				return
+			}
+			processes[inProc(p)] = true
+			if identity.UUID != "" {
+				uuids[identity.UUID] = true
+			}
+		}
+		for _, identity := range d.config.Identities.Domains() {
+			switch {
+			case identity.TGID != 0 && processes[inProc(snapshot.Process{TGID: identity.TGID, Start: identity.Start})]:
+			case identity.TGID == 0 && identity.ID == nil && uuids[identity.UUID]: // the counts of its last run are known
+			default:
+				if !yield(identity, nil) {
+					return
+				}
+			}
+		}
+	}
 }
 
 const procTick = uint64(10 * time.Millisecond) // time passes in such steps in /proc

@@ -69,7 +69,6 @@ type process struct {
 	counted bool   // it has slots there whose exits are counted
 	fresh   bool   // it brought new slots
 	since   uint64 // the earliest Since of those
-	seen    uint64 // when it was last counted
 }
 
 // New returns an empty ledger.
@@ -237,7 +236,8 @@ func (p *process) update(since passed) {
 	if p.counted {
 		t.Span += counted
 	}
-	*p = process{total: t, seen: since.now}
+	t.Seen = since.now
+	*p = process{total: t}
 }
 
 // check proves that every exit the kernel counted is in exactly one place.
@@ -259,9 +259,9 @@ func (l *Ledger) Expire(alive func(snapshot.Process) bool) (forgotten []snapshot
 			ended = append(ended, p)
 		}
 	}
-	slices.SortFunc(ended, func(a, b *process) int { return cmp.Compare(int64(b.seen), int64(a.seen)) })
+	slices.SortFunc(ended, func(a, b *process) int { return cmp.Compare(int64(b.total.Seen), int64(a.total.Seen)) })
 	for i, p := range ended {
-		if i >= l.keep.Count || sub(l.now, p.seen) > uint64(l.keep.Age) {
+		if i >= l.keep.Count || sub(l.now, p.total.Seen) > uint64(l.keep.Age) {
 			l.forgotten += p.total.Exits
 			delete(l.processes, p.total.Process)
 			forgotten = append(forgotten, p.total.Process)

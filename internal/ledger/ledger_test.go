@@ -75,7 +75,7 @@ func TestTotals(t *testing.T) {
 	p := snapshot.Process{TGID: 100, Start: 1}
 	other := snapshot.Row{Code: 9, Other: true, Count: 1}
 	want := &Total{
-		Process: p, Comm: "qemu", Since: 1 * second, Wall: 10 * second, Span: 8 * second, Live: true, Level: snapshot.Recent, Exits: 33,
+		Process: p, Comm: "qemu", Since: 1 * second, Seen: 11 * second, Wall: 10 * second, Span: 8 * second, Live: true, Level: snapshot.Recent, Exits: 33,
 		Times: snapshot.Times{Guest: 29000, KVM: 290},
 		VCPUs: []VCPU{
 			{ID: 1, TID: 103, Exits: 24, Times: snapshot.Times{Guest: 24000, KVM: 240}},
@@ -101,7 +101,7 @@ func TestTotals(t *testing.T) {
 	two.Times = snapshot.Times{Guest: 4990, KVM: 60, User: 7} // the present stretch was not in the guest
 	apply(t, l, 13*second, snapshot.Snapshot{Counted: 9 * second, Released: 24, Slots: []snapshot.Slot{two}})
 	want = &Total{
-		Process: p, Comm: "qemu", Since: 1 * second, Wall: 2 * second, Span: 1 * second, Live: true, Level: snapshot.Recent, Exits: 1,
+		Process: p, Comm: "qemu", Since: 1 * second, Seen: 13 * second, Wall: 2 * second, Span: 1 * second, Live: true, Level: snapshot.Recent, Exits: 1,
 		Times: snapshot.Times{KVM: 10, User: 7},
 		VCPUs: []VCPU{{ID: 1, TID: 103}, {ID: 7, TID: 103, Exits: 1, Times: snapshot.Times{KVM: 10, User: 7}}},
 		Rows:  []Row{{exitreason.SVM, row(0x7b, 1)}},

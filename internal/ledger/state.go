@@ -92,7 +92,7 @@ func (l *Ledger) State() *State {
 	c, k := &s.head.Collector, l.kernel
 	c.Loaded, c.Counted, c.Unattributed, c.Refused, c.Released, c.Gone = k.loaded, k.counted, k.unattributed, k.refused, k.released, k.gone
 	for _, p := range l.processes {
-		s.processes = append(s.processes, process{total: p.total, seen: p.seen})
+		s.processes = append(s.processes, process{total: p.total})
 	}
 	return s
 }
@@ -119,7 +119,7 @@ func (s *State) Records() iter.Seq[Record] {
 func (p *process) record() *ProcessRecord {
 	t := p.total
 	r := &ProcessRecord{
-		TGID: t.Process.TGID, Start: t.Process.Start, Comm: t.Comm, Since: t.Since, Seen: p.seen,
+		TGID: t.Process.TGID, Start: t.Process.Start, Comm: t.Comm, Since: t.Since, Seen: t.Seen,
 		Live: t.Live, Level: t.Level, Wall: t.Wall, Span: t.Span,
 		VCPUs: make([][]uint64, len(t.VCPUs)), Rows: packRows(t.Rows),
 	}
@@ -192,7 +192,7 @@ func (l *Ledger) restoreProcess(r *ProcessRecord) error {
 	if l.processes[id] != nil {
 		return fmt.Errorf("process %d appears twice", id.TGID)
 	}
-	t := &Total{Process: id, Comm: r.Comm, Since: r.Since, Wall: r.Wall, Span: r.Span, Live: r.Live, Level: r.Level}
+	t := &Total{Process: id, Comm: r.Comm, Since: r.Since, Seen: r.Seen, Wall: r.Wall, Span: r.Span, Live: r.Live, Level: r.Level}
 	var err error
 	if t.Rows, err = unpackRows(r.Rows); err != nil {
 		return fmt.Errorf("process %d: %w", id.TGID, err)
@@ -215,7 +215,7 @@ func (l *Ledger) restoreProcess(r *ProcessRecord) error {
 		return fmt.Errorf("%w: process %d: %d exits by vCPU, %d by reason", ErrInconsistent, id.TGID, exits, t.Exits)
 	}
 	t.sumTimes()
-	l.processes[id] = &process{total: t, seen: r.Seen}
+	l.processes[id] = &process{total: t}
 	return nil
 }
 
@@ -272,7 +272,7 @@ func (l *Ledger) Reboot(at uint64) {
 		t := p.total.next()
 		t.shift(shift)
 		t.sumTimes()
-		l.processes[t.Process] = &process{total: t, seen: p.seen + shift}
+		l.processes[t.Process] = &process{total: t}
 	}
 }
 
@@ -281,6 +281,7 @@ func (l *Ledger) Reboot(at uint64) {
 func (t *Total) shift(by uint64) {
 	t.Process.Start += by
 	t.Since += by
+	t.Seen += by
 	for i := range t.VCPUs {
 		t.VCPUs[i].since += by
 	}

@@ -25,6 +25,7 @@ type Total struct {
 	Process snapshot.Process
 	Comm    string         // the process's name
 	Since   uint64         // counting began: nanoseconds of CLOCK_BOOTTIME
+	Seen    uint64         // it was last counted: the same; negative, that is, wrapped around, before the host booted
 	Wall    uint64         // the nanoseconds that the counts cover
 	Span    uint64         // of Wall, those observed: exits were counted
 	Live    bool           // it has slots in use
@@ -32,7 +33,7 @@ type Total struct {
 	Exits   uint64
 	Times   snapshot.Times // of all vCPUs
 	VCPUs   []VCPU         // by number
-	Rows    []Row          // one for each reason, in no order
+	Rows    []Row          // one for each reason, by order of first appearance
 }
 
 // VCPU holds the counts of one vCPU, whichever threads ran it.

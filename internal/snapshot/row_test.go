@@ -201,6 +201,56 @@ func TestQuantileBounds(t *testing.T) {
 	}
 }
 
+func TestBelow(t *testing.T) {
+	tests := []struct {
+		name  string
+		hist  Hist
+		ticks uint64
+		want  uint64
+	}{
+		{"no exit", nil, 1000, 0},
+		{"none", Hist{7}, 0, 0},
+		{"part of the first bucket", Hist{8}, 256, 4},
+		{"all of the first bucket", Hist{8, 5}, 512, 8},
+		{"half of the second", Hist{8, 5}, 768, 10},
+		{"all", Hist{8, 5}, 1024, 13},
+		{"beyond the last", Hist{8, 5}, math.MaxUint64, 13},
+		{"in the last bucket there is", Hist{NumHist - 1: 9}, 1 << 60, 0},
+		{"many", Hist{math.MaxUint64}, 511, math.MaxUint64/512*511 + 511 - 1},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := tt.hist.Below(tt.ticks); got != tt.want {
+				t.Errorf("%v.Below(%d) = %d, want %d", tt.hist, tt.ticks, got, tt.want)
+			}
+		})
+	}
+
+	// The estimate is off by exits of one bucket at the most, and never falls.
+	r := rand.New(rand.NewPCG(7, 8))
+	for range 2000 {
+		d := durations(r)
+		before, after := row(d[:len(d)/2]...), row(d...)
+		var last uint64
+		for ticks := uint64(1); ticks < 1<<40; ticks += ticks/3 + 1 {
+			var exact, close uint64
+			for _, x := range d {
+				switch {
+				case bucketOf(x) == bucketOf(ticks):
+					close++
+				case x < ticks:
+					exact++
+				}
+			}
+			got := after.Hist.Below(ticks)
+			if got < last || got < exact || got > exact+close || got < before.Hist.Below(ticks) {
+				t.Fatalf("%v: %d below %d after %d, the exact number is %d to %d", d, got, ticks, last, exact, exact+close)
+			}
+			last = got
+		}
+	}
+}
+
 func TestNS(t *testing.T) {
 	tests := []struct {
 		name            string
