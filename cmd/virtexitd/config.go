@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -42,6 +43,7 @@ type config struct {
 	adminGroup    string    // empty: root alone switches
 	libvirtURI    string
 	replay        string // a recording to read instead of the kernel module
+	metrics       metrics
 	logLevel      slog.Level
 }
 
@@ -50,6 +52,14 @@ type listening struct {
 	path  string
 	group string // empty: root alone opens it
 	mode  fs.FileMode
+}
+
+// metrics tells what Prometheus is shown, and where.
+type metrics struct {
+	listen    string // host and port; empty: on the socket alone
+	webConfig string // file of exporter-toolkit's; empty: neither TLS nor users
+	reasons   int
+	vcpus     bool
 }
 
 // defaults holds every key with its value as one writes it.
@@ -73,6 +83,11 @@ var defaults = map[string]string{
 	"read_only_group":  "libvirt",
 	"libvirt_uri":      "qemu:///system",
 	"log_level":        "info",
+
+	"metrics_listen":     "",
+	"metrics_web_config": "",
+	"metrics_reasons":    "16",
+	"metrics_vcpus":      "false",
 }
 
 // flagKeys holds the keys that have a flag.
@@ -216,6 +231,24 @@ func (c *config) set(key, value string) (allowed string) {
 		c.adminGroup = value
 	case "libvirt_uri":
 		c.libvirtURI = cmp.Or(value, defaults[key])
+	case "metrics_listen":
+		c.metrics.listen = value
+		if _, port, err := net.SplitHostPort(value); value != "" && (err != nil || port == "") {
+			return "a host and a port is allowed, such as localhost:9177, or a port, such as :9177"
+		}
+	case "metrics_web_config":
+		c.metrics.webConfig = value
+		if value != "" && !filepath.IsAbs(value) {
+			return "an absolute path is allowed, or nothing"
+		}
+	case "metrics_reasons":
+		if c.metrics.reasons, err = strconv.Atoi(value); err != nil || c.metrics.reasons < 1 || c.metrics.reasons > 100 {
+			return "a number from 1 to 100 is allowed"
+		}
+	case "metrics_vcpus":
+		if c.metrics.vcpus, err = strconv.ParseBool(value); err != nil {
+			return "true and false are allowed"
+		}
 	case "log_level":
 		if c.logLevel, err = parseLogLevel(value); err != nil {
 			return "debug, info, warn and error are allowed"

@@ -33,6 +33,7 @@ var builtIn = config{
 	readOnly:      listening{"", "libvirt", 0o660},
 	libvirtURI:    "qemu:///system",
 	logLevel:      slog.LevelInfo,
+	metrics:       metrics{reasons: 16},
 }
 
 func testFlags(t *testing.T, args ...string) *pflag.FlagSet {
@@ -84,6 +85,8 @@ func TestLoad(t *testing.T) {
 			want: with(func(c *config) { c.interval, c.level, c.retention.Count = 7*time.Second, snapshot.Count, 9 })},
 		{name: "flag before environment", file: "socket: /1\nlog_level: warn", env: map[string]string{"VIRTEXIT_SOCKET": "/2", "VIRTEXIT_LOG_LEVEL": "debug"}, args: []string{"--socket=/3"},
 			want: with(func(c *config) { c.socket.path, c.logLevel = "/3", slog.LevelDebug })},
+		{name: "metrics", file: "metrics_listen: '[::1]:9177'\nmetrics_web_config: /x.yml\nmetrics_reasons: 5\nmetrics_vcpus: true",
+			want: with(func(c *config) { c.metrics = metrics{"[::1]:9177", "/x.yml", 5, true} })},
 		{name: "empty libvirt_uri", file: `libvirt_uri: ""`, want: builtIn},
 
 		{name: "unknown key", file: "levels: count", err: `unknown key "levels"`},
@@ -126,6 +129,11 @@ func TestLoad(t *testing.T) {
 		{name: "no mode", file: "socket_mode: rw", err: `socket_mode: "rw" is not valid`},
 		{name: "long socket", file: "socket: /" + strings.Repeat("x", 107), err: "at most 107 bytes"},
 		{name: "log_level", file: "log_level: loud", err: `log_level: "loud" is not valid: debug, info, warn and error are allowed`},
+		{name: "metrics_listen without port", file: "metrics_listen: localhost", err: `metrics_listen: "localhost" is not valid: a host and a port`},
+		{name: "metrics_listen with an empty port", file: "metrics_listen: 'localhost:'", err: `metrics_listen: "localhost:" is not valid`},
+		{name: "relative metrics_web_config", file: "metrics_web_config: x", err: `metrics_web_config: "x" is not valid`},
+		{name: "no metrics_reasons", file: "metrics_reasons: 0", err: `metrics_reasons: "0" is not valid: a number from 1 to 100`},
+		{name: "metrics_vcpus", file: "metrics_vcpus: some", err: `metrics_vcpus: "some" is not valid: true and false`},
 		{name: "environment", env: map[string]string{"VIRTEXIT_LEVEL": "x"}, err: `level: "x" is not valid`},
 		{name: "flag", args: []string{"--log-level=x"}, err: `log_level: "x" is not valid`},
 	} {
@@ -143,7 +151,7 @@ func TestLoad(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(tc.want, got, cmp.AllowUnexported(config{}, listening{})); diff != "" {
+			if diff := cmp.Diff(tc.want, got, cmp.AllowUnexported(config{}, listening{}, metrics{})); diff != "" {
 				t.Errorf("config (-want +got)\n%s", diff)
 			}
 		})

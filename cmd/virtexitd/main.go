@@ -24,6 +24,7 @@ import (
 
 	"virtexit/internal/api/server"
 	"virtexit/internal/daemon"
+	"virtexit/internal/prom"
 	"virtexit/internal/source"
 	"virtexit/internal/source/kmod"
 	"virtexit/internal/source/replay"
@@ -94,6 +95,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 // serve collects and answers until ctx ends.
 func serve(ctx context.Context, c config, log *slog.Logger) error {
+	scraped, err := listenMetrics(c.metrics, log)
+	if err != nil {
+		return err
+	}
+	if scraped != nil {
+		defer scraped.Close() // again, if it has come to Serve
+	}
 	socket, err := c.socket.listen(log)
 	if err != nil {
 		return err
@@ -126,6 +134,7 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 		Version:       version,
 		Log:           log,
 	})
+	show := prom.Handler(prom.New(d, prom.Config{Reasons: c.metrics.reasons, VCPUs: c.metrics.vcpus, Now: time.Now, BootTime: bootTime}), log)
 	notify := func(state string) {
 		if _, err := systemd.SdNotify(false, state); err != nil {
 			log.Warn("notifying systemd", "state", state, "error", err)
@@ -137,7 +146,11 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 		return nil
 	})
 	for socket, options := range servers {
+		options.Metrics = show
 		g.Go(func() error { return server.New(d, options).Serve(ctx, socket) })
+	}
+	if scraped != nil {
+		g.Go(func() error { return prom.Serve(ctx, scraped, show, c.metrics.webConfig, log) })
 	}
 	g.Go(func() error {
 		watchdog(ctx, d, notify)
@@ -160,6 +173,25 @@ func (l *listening) listen(log *slog.Logger) (net.Listener, error) {
 		return server.Listen(l.path, "", l.mode)
 	}
 	return socket, err
+}
+
+// listenMetrics opens the TCP port that Prometheus scrapes, nil when none is
+// configured. What is wrong with that is known before collection begins.
+func listenMetrics(m metrics, log *slog.Logger) (net.Listener, error) {
+	if m.listen == "" {
+		return nil, nil
+	}
+	if err := prom.CheckWebConfig(m.webConfig); err != nil {
+		return nil, fmt.Errorf("metrics_web_config: %s: %w", m.webConfig, err)
+	}
+	if m.webConfig == "" {
+		log.Warn("whoever can connect can read the metrics: metrics_web_config is empty", "address", m.listen)
+	}
+	l, err := net.Listen("tcp", m.listen)
+	if err != nil {
+		return nil, fmt.Errorf("metrics_listen: %w", err)
+	}
+	return l, nil
 }
 
 // opener returns what opens the configured collector.

@@ -5,7 +5,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,6 +18,12 @@ import (
 )
 
 func TestUsage(t *testing.T) {
+	used, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer used.Close()
+	unused := filepath.Join(t.TempDir(), "sock")
 	for _, tc := range []struct {
 		name           string
 		args           []string
@@ -28,6 +36,8 @@ func TestUsage(t *testing.T) {
 		{"argument", []string{"start"}, 2, "", `error: unexpected argument "start"` + "\n"},
 		{"missing file", []string{"--config", "/nonexistent/x.yaml"}, 2, "", "error: open /nonexistent/x.yaml: no such file or directory\n"},
 		{"bad value", []string{"--config", os.DevNull, "--log-level", "x"}, 2, "", `error: log_level: "x" is not valid`},
+		{"unknown web config", []string{"--config", write(t, "metrics_listen: localhost:0\nmetrics_web_config: /nonexistent/web.yml\ngroup: ''"), "--socket", unused}, 1, "", "error: metrics_web_config: /nonexistent/web.yml: open /nonexistent/web.yml: no such file"},
+		{"port in use", []string{"--config", write(t, "metrics_listen: "+used.Addr().String()+"\ngroup: ''"), "--socket", unused}, 1, "", "error: metrics_listen: listen tcp " + used.Addr().String() + ": bind: address already in use\n"},
 		{"socket is a file", []string{"--config", os.DevNull, "--socket", os.DevNull}, 1, "", "error: socket " + os.DevNull},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -42,6 +52,16 @@ func TestUsage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// freePort is an address that nobody listened at a moment ago.
+func freePort(t *testing.T) string {
+	l, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
 }
 
 // The daemon as systemd runs it: it says when it is ready, answers without a
@@ -70,6 +90,8 @@ func TestService(t *testing.T) {
 		}
 	}
 	socket := filepath.Join(dir, "virtexit.sock")
+	port := freePort(t)
+	t.Setenv("VIRTEXIT_METRICS_LISTEN", port)
 	t.Setenv("VIRTEXIT_SOCKET", socket)
 	t.Setenv("VIRTEXIT_GROUP", "no-such-group")
 	t.Setenv("VIRTEXIT_COLLECTOR", "replay:"+filepath.Join(dir, "none"))
@@ -94,6 +116,22 @@ func TestService(t *testing.T) {
 	if s.Collector != nil || !strings.Contains(s.Problem, "none: no such file") {
 		t.Errorf("status %+v", s)
 	}
+	for from, c := range map[string]*http.Client{
+		port: http.DefaultClient,
+		"x": {Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		}}},
+	} {
+		answer, err := c.Get("http://" + from + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(answer.Body)
+		answer.Body.Close()
+		if err != nil || !strings.Contains(string(body), "\nvirtexit_up 0\n") || !strings.Contains(string(body), "\nprocess_resident_memory_bytes ") {
+			t.Errorf("metrics from %s: %v, %s", from, err, body)
+		}
+	}
 	expect("WATCHDOG=1")
 	stop()
 	expect("STOPPING=1")
@@ -102,6 +140,9 @@ func TestService(t *testing.T) {
 	}
 	if !strings.Contains(stderr.String(), "group=no-such-group") {
 		t.Errorf("nothing was said about the group:\n%s", &stderr)
+	}
+	if !strings.Contains(stderr.String(), "metrics_web_config is empty") {
+		t.Errorf("nothing was said about who can read:\n%s", &stderr)
 	}
 	if _, err := os.Lstat(socket); !os.IsNotExist(err) {
 		t.Errorf("socket: %v", err)

@@ -27,7 +27,7 @@ const module = "virtexit/"
 var arrows = map[string][]string{
 	"cmd/virtexit":               {"internal/api", "internal/api/client", "internal/report"},
 	"cmd/virtexit-vdsm-hook":     {"internal/api", "internal/api/client"},
-	"cmd/virtexitd":              {"internal/api", "internal/api/server", "internal/daemon", "internal/ledger", "internal/snapshot", "internal/source", "internal/source/kmod", "internal/source/replay", "vmmap"},
+	"cmd/virtexitd":              {"internal/api", "internal/api/server", "internal/daemon", "internal/ledger", "internal/prom", "internal/snapshot", "internal/source", "internal/source/kmod", "internal/source/replay", "vmmap"},
 	"internal/abi":               {},
 	"internal/api":               {},
 	"internal/api/client":        {"internal/api"},
@@ -35,6 +35,7 @@ var arrows = map[string][]string{
 	"internal/daemon":            {"internal/api", "internal/exitreason", "internal/ledger", "internal/snapshot", "internal/source", "vmmap"},
 	"internal/exitreason":        {},
 	"internal/ledger":            {"internal/exitreason", "internal/snapshot"},
+	"internal/prom":              {"internal/api", "internal/exitreason", "internal/ledger", "internal/snapshot", "vmmap"},
 	"internal/report":            {"internal/api"},
 	"internal/rules":             {},
 	"internal/snapshot":          {"internal/exitreason"},

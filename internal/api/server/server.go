@@ -59,9 +59,10 @@ type Backend interface {
 
 // Options configure a Server. The zero value is usable.
 type Options struct {
-	AdminGroup string // name or number; its members, beside root, may switch collection
-	ReadOnly   bool   // nobody may
-	MaxClients int    // requests served at once, half of them streams; 0: 64
+	AdminGroup string       // name or number; its members, beside root, may switch collection
+	ReadOnly   bool         // nobody may
+	MaxClients int          // requests served at once, half of them streams; 0: 64
+	Metrics    http.Handler // answers /metrics; nil: there is no such path
 }
 
 // Limits of what a client may take from the daemon.
@@ -219,7 +220,10 @@ func explain(err error) (int, api.Error) {
 	return http.StatusInternalServerError, e
 }
 
-const domainPath = "/v1/domains/"
+const (
+	domainPath  = "/v1/domains/"
+	metricsPath = "/metrics"
+)
 
 // resources are what a domain has behind its name.
 var resources = []string{"/level", "/log"}
@@ -242,7 +246,7 @@ func methods(u *url.URL) []string {
 	switch u.Path {
 	case "/v1/watch":
 		return []string{http.MethodGet}
-	case "/v1/status", "/v1/domains", "/v1/report":
+	case metricsPath, "/v1/status", "/v1/domains", "/v1/report":
 		return read
 	case "/v1/collection":
 		return []string{http.MethodPut}
@@ -265,7 +269,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	}
 	allowed := methods(r.URL)
 	switch {
-	case allowed == nil:
+	case allowed == nil || r.URL.Path == metricsPath && s.options.Metrics == nil:
 		return nil, fail(http.StatusNotFound, "no such path: %q", r.URL.Path)
 	case !slices.Contains(allowed, r.Method):
 		return nil, fail(http.StatusMethodNotAllowed, "method %s is not allowed on %s", r.Method, r.URL.Path)
@@ -274,6 +278,11 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	}
 	domain, resource := split(r.URL)
 	switch {
+	case r.URL.Path == metricsPath:
+		// As for an answer of ours: see ServeHTTP.
+		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.writeTimeout))
+		s.options.Metrics.ServeHTTP(w, r)
+		return nil, nil
 	case r.URL.Path == "/v1/report":
 		return s.report(w, r)
 	case r.URL.Path == "/v1/watch":

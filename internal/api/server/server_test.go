@@ -1019,3 +1019,64 @@ func TestOrder(t *testing.T) {
 		}
 	}
 }
+
+// The metrics are somebody else's answer, within the limits of ours.
+func TestMetrics(t *testing.T) {
+	entered, leave := make(chan struct{}), make(chan struct{})
+	path, _ := start(t, New(newBackend(), Options{MaxClients: 1, Metrics: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.RawQuery == "wait" {
+			entered <- struct{}{}
+			<-leave
+		}
+		io.WriteString(w, "x 1\n")
+	})}))
+	without, _ := start(t, New(newBackend(), Options{}))
+	for _, tc := range []struct {
+		name, path, method, url string
+		status                  int
+		body                    string
+	}{
+		{"scrape", path, "GET", "/metrics", 200, "x 1\n"},
+		{"head", path, "HEAD", "/metrics", 200, ""},
+		{"put", path, "PUT", "/metrics", 405, `"method PUT is not allowed on /metrics"`},
+		{"below", path, "GET", "/metrics/x", 404, `"no such path: \"/metrics/x\""`},
+		{"not configured", without, "GET", "/metrics", 404, `"no such path: \"/metrics\""`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			status, body := request(t, tc.path, tc.method, tc.url)
+			if status != tc.status || !strings.Contains(body, tc.body) {
+				t.Errorf("%d %s, want %d %s", status, body, tc.status, tc.body)
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); request(t, path, "GET", "/metrics?wait") }()
+	<-entered
+	if status, body := request(t, path, "GET", "/metrics"); status != 503 || !strings.Contains(body, "too many clients") {
+		t.Errorf("beside another: %d %s", status, body)
+	}
+	close(leave)
+	<-done
+}
+
+func request(t *testing.T, socket, method, url string) (status int, body string) {
+	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+	r, err := http.NewRequestWithContext(t.Context(), method, "http://x"+url, nil)
+	if err != nil {
+		t.Error(err)
+		return 0, ""
+	}
+	answer, err := c.Do(r)
+	if err != nil {
+		t.Error(err)
+		return 0, ""
+	}
+	defer answer.Body.Close()
+	b, err := io.ReadAll(answer.Body)
+	if err != nil {
+		t.Error(err)
+	}
+	return answer.StatusCode, string(b)
+}
