@@ -196,7 +196,7 @@ func describe(d *libvirt.Domain) *Metadata {
 	if err != nil {
 		return nil
 	}
-	m, err := parseMetadata([]byte(text))
+	m, err := ParseMetadata([]byte(text))
 	if err != nil {
 		return nil
 	}

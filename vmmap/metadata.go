@@ -115,8 +115,8 @@ func kubevirt(domain, uid string) *Cloud {
 	return c
 }
 
-// parseMetadata reads a <domain>, as libvirt describes it.
-func parseMetadata(b []byte) (Metadata, error) {
+// ParseMetadata reads a <domain>, as libvirt describes it.
+func ParseMetadata(b []byte) (Metadata, error) {
 	var x struct {
 		XMLName xml.Name `xml:"domain"`
 		domainXML

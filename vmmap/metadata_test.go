@@ -57,7 +57,7 @@ func TestParseMetadata(t *testing.T) {
 		{name: "empty", bad: true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got, err := parseMetadata([]byte(test.in))
+			got, err := ParseMetadata([]byte(test.in))
 			if diff := cmp.Diff(test.want, got); diff != "" || (err != nil) != test.bad {
 				t.Errorf("error %v (-want +got)\n%s", err, diff)
 			}
@@ -68,7 +68,7 @@ func TestParseMetadata(t *testing.T) {
 func FuzzMetadata(f *testing.F) {
 	recorded(f, "../clouds/*.xml")
 	f.Fuzz(func(t *testing.T, b []byte) {
-		m, err := parseMetadata(b)
+		m, err := ParseMetadata(b)
 		if err != nil {
 			if m != (Metadata{}) {
 				t.Errorf("%+v with %v", m, err)
@@ -91,7 +91,7 @@ func TestStatusMetadata(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, file := range files {
-		want, err := parseMetadata(read(t, file))
+		want, err := ParseMetadata(read(t, file))
 		if err != nil {
 			t.Fatal(err)
 		}

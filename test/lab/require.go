@@ -24,6 +24,7 @@ var packages = map[string]string{
 	"virtlogd":           "libvirt-daemon",
 	"virsh":              "libvirt-clients",
 	"perf":               "linux-perf",
+	"promtool":           "prometheus",
 	bochsTerm:            "bochs-term",
 	bochsBIOS:            "bochsbios",
 	vgaBIOS:              "vgabios",

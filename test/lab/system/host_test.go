@@ -75,6 +75,7 @@ type options struct {
 	interval string   // 1s where empty
 	libvirt  string   // URI
 	state    string   // directory; none where empty
+	more     string   // lines of the configuration
 	wrapper  []string // a command that executes the one that follows
 }
 
@@ -84,7 +85,7 @@ func start(t *testing.T, o options) *virtexitd {
 	t.Helper()
 	dir := t.TempDir()
 	config := filepath.Join(dir, "virtexitd.yaml")
-	text := fmt.Sprintf("log_level: debug\nstate_dir: %q\n", o.state)
+	text := fmt.Sprintf("log_level: debug\nstate_dir: %q\n%s", o.state, o.more)
 	if o.interval != "" {
 		text += "interval: " + o.interval + "\n"
 	}
