@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"virtexit/internal/api"
@@ -77,8 +78,8 @@ type Daemon struct {
 	store       *store        // nil: no state is kept
 	totalsSince time.Time
 
-	saving  sync.Mutex // one at a time; taken before mu
-	unsaved bool       // the latest time
+	saving  sync.Mutex  // one at a time; taken before mu
+	unsaved atomic.Bool // the latest time
 
 	mu        sync.Mutex // guards what follows, and the order of snapshots
 	source    source.Source

@@ -297,6 +297,11 @@ func (d *Daemon) adopt(s *restored) error {
 	return nil
 }
 
+// StateKept tells whether the state is kept, as far as that is wanted.
+func (d *Daemon) StateKept() bool {
+	return d.config.StateDir == "" || d.store != nil && !d.unsaved.Load()
+}
+
 // keepState saves the state now and then, and soon when slots wait for it.
 func (d *Daemon) keepState(ctx context.Context) {
 	for {
@@ -330,10 +335,10 @@ func (d *Daemon) save() {
 	d.mu.Unlock()
 
 	err := d.store.save(s)
-	if err != nil && !d.unsaved {
+	if err != nil && !d.unsaved.Load() {
 		d.config.Log.Warn("saving the state: after another start, totals will go on from where they were last saved", "problem", err)
 	}
-	d.unsaved = err != nil
+	d.unsaved.Store(err != nil)
 
 	// Even so: the kernel has to have slots for those who live. A source that was
 	// opened meanwhile may have other slots of the same numbers.

@@ -182,6 +182,9 @@ func TestRestart(t *testing.T) {
 				pass(2 * time.Second)
 				m.accounted(65, 0)
 				m.expect(map[string]uint64{"web running": 58, "brief shut off": 7})
+				if !m.d.StateKept() {
+					t.Error("it says that the state is not kept")
+				}
 				web := report(t, m.d, 0, "web").Domains[0]
 				if span := time.Duration(web.SpanNS); span < 46*time.Second || span > 48*time.Second {
 					t.Errorf("observed for %v", span)
@@ -447,6 +450,9 @@ func TestStateNowhere(t *testing.T) {
 				}
 				if n := strings.Count(m.log.String(), "WARN"); n != 1 || !strings.Contains(m.log.String(), tc.problem) {
 					t.Errorf("%d warnings, want one of %q in\n%s", n, tc.problem, &m.log)
+				}
+				if m.d.StateKept() {
+					t.Error("it says that the state is kept")
 				}
 			})
 		})

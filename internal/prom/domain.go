@@ -49,6 +49,8 @@ func (c *Collector) choose(counts iter.Seq2[vmmap.Domain, *ledger.Total]) []doma
 	boot := c.config.Now().Add(-now)
 	var domains []domain
 	for d, t := range counts {
+		// Ticks of an earlier boot were others than today's: in seconds, its
+		// counters could go back.
 		if d.TGID == 0 && (t == nil || int64(t.Seen) < 0 || now-time.Duration(t.Seen) > linger) {
 			continue
 		}

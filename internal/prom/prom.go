@@ -25,6 +25,8 @@ import (
 type Source interface {
 	// Status tells how collection goes, after a new snapshot.
 	Status() api.Status
+	// StateKept tells whether totals are kept for the next start of the daemon.
+	StateKept() bool
 	// Counts returns the latest totals and, with the total of each, all
 	// domains; that of a domain which was never counted is nil.
 	Counts() (*ledger.View, iter.Seq2[vmmap.Domain, *ledger.Total])
@@ -48,7 +50,7 @@ type Collector struct {
 	config Config
 	all    []*prometheus.Desc
 
-	up, collection, collector, build, libvirt                  *prometheus.Desc
+	up, collection, collector, build, libvirt, state           *prometheus.Desc
 	hookCycles, slotsLive, slotsRetired, slotsBacked, slotsMax *prometheus.Desc
 	observed, counted, unattributed, missed, scraped           *prometheus.Desc
 	info, start, exits, exitSeconds, durations, vcpuSeconds    *prometheus.Desc
@@ -86,6 +88,7 @@ func New(source Source, config Config) *Collector {
 	c.collector = desc("collector_info", "What counts, and how; always 1.", "collector", "version", "hook", "isa", "level", "kernel")
 	c.build = desc("build_info", "The daemon's version; always 1.", "version")
 	c.libvirt = desc("libvirt_connected", "1 when libvirt names the domains.")
+	c.state = desc("state_kept", "1 when totals are kept for the next start of the daemon, or need not be; 0 when they can't be saved.")
 	c.hookCycles = desc("hook_cycles", "What the hook takes of an exit and the entry after it, in cycles of the TSC; 0 when unknown.")
 	c.slotsLive = desc("slots_live", "Slots of the kernel module in use by vCPU threads.")
 	c.slotsRetired = desc("slots_retired", "Slots of vCPU threads that have ended, not yet released.")
@@ -130,6 +133,7 @@ func (c *Collector) host(out chan<- prometheus.Metric, s *api.Status, view *ledg
 		gauge(c.collector, 1, pair("collector", collector), pair("hook", s.Hook), pair("isa", s.ISA), pair("kernel", s.Kernel), pair("level", s.Level), pair("version", s.Module)),
 		gauge(c.build, 1, pair("version", s.Version)),
 		gauge(c.libvirt, float64(truth(s.Libvirt.Connected))),
+		gauge(c.state, float64(truth(c.source.StateKept()))),
 		gauge(c.hookCycles, float64(s.HookCycles)),
 		gauge(c.slotsLive, float64(s.Slots.Live)),
 		gauge(c.slotsRetired, float64(s.Slots.Retired)),

@@ -143,9 +143,9 @@ func (r *Row) Quantile(q float64) (ticks uint64, ok bool) {
 	panic("unreachable: rank is at most the sum")
 }
 
-// Below estimates how many exits were shorter than ticks. Those of a bucket are
-// taken to be spread evenly, those of the last one to be longer than its lower
-// bound. As exits are added it does not fall, nor as ticks grow.
+// Below estimates how many exits were shorter than ticks: those of a bucket are
+// taken to be spread evenly. As exits are added it does not fall, nor as ticks
+// grow.
 func (h Hist) Below(ticks uint64) uint64 {
 	var sum uint64
 	for i, n := range h {
@@ -154,7 +154,7 @@ func (h Hist) Below(ticks uint64) uint64 {
 			sum += n
 			continue
 		}
-		if ticks > lower && i < NumHist-1 {
+		if ticks > lower {
 			// Fits: less than all of the bucket is below.
 			hi, lo := bits.Mul64(n, ticks-lower)
 			part, _ := bits.Div64(hi, lo, upper-lower+1)
