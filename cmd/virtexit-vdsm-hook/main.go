@@ -17,8 +17,8 @@ import (
 	"strings"
 	"time"
 
-	"virtexit/internal/api"
-	"virtexit/internal/api/client"
+	"virtexit/api"
+	"virtexit/api/client"
 )
 
 // version is set by the linker.

@@ -26,8 +26,8 @@ import (
 
 	gocmp "github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
-	"virtexit/internal/api/server"
+	"virtexit/api"
+	"virtexit/internal/server"
 	"virtexit/test/vdsm"
 )
 

@@ -11,8 +11,8 @@ import (
 	"net/http"
 	"time"
 
-	"virtexit/internal/api"
-	"virtexit/internal/api/client"
+	"virtexit/api"
+	"virtexit/api/client"
 )
 
 const nilUUID = "00000000-0000-0000-0000-000000000000"

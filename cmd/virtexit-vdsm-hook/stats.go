@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // key is what is added to a VM's statistics and to the host's capabilities.

@@ -13,7 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // TestMain is the program itself when it is called by that name, as the shell

@@ -12,7 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/report"
 )
 

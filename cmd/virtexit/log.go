@@ -10,7 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/report"
 )
 

@@ -18,8 +18,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"virtexit/internal/api"
-	"virtexit/internal/api/client"
+	"virtexit/api"
+	"virtexit/api/client"
 	"virtexit/internal/report"
 )
 

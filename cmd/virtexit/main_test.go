@@ -19,8 +19,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
-	"virtexit/internal/api/server"
+	"virtexit/api"
+	"virtexit/internal/server"
 )
 
 var update = flag.Bool("update", false, "write the golden files")

@@ -11,7 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/test/man"
 )
 

@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/report"
 )
 

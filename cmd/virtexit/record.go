@@ -15,7 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/report"
 )
 

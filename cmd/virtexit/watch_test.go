@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/report"
 )
 

@@ -21,7 +21,7 @@ import (
 	"github.com/spf13/viper"
 	"go.yaml.in/yaml/v3"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/daemon"
 	"virtexit/internal/ledger"
 	"virtexit/internal/snapshot"

@@ -15,7 +15,7 @@ import (
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/ledger"
 	"virtexit/internal/snapshot"
 )

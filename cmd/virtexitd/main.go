@@ -22,9 +22,9 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"virtexit/internal/api/server"
 	"virtexit/internal/daemon"
 	"virtexit/internal/prom"
+	"virtexit/internal/server"
 	"virtexit/internal/source"
 	"virtexit/internal/source/kmod"
 	"virtexit/internal/source/replay"

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"virtexit/internal/api/client"
+	"virtexit/api/client"
 )
 
 func TestUsage(t *testing.T) {

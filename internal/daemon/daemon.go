@@ -14,7 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/ledger"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"

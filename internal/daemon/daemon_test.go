@@ -18,7 +18,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/exitreason"
 	"virtexit/internal/ledger"
 	"virtexit/internal/snapshot"

@@ -9,7 +9,7 @@ import (
 	"maps"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/snapshot"
 )
 

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/exitreason"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"

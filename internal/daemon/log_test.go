@@ -11,7 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
 )

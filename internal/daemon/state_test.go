@@ -20,7 +20,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/ledger"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"

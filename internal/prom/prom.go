@@ -13,7 +13,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/exitreason"
 	"virtexit/internal/ledger"
 	"virtexit/internal/snapshot"

@@ -26,7 +26,7 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"golang.org/x/sys/unix"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/exitreason"
 	"virtexit/internal/ledger"
 	"virtexit/internal/snapshot"

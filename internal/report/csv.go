@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // values turns the fields of a row into text: nil pointers are empty, floats

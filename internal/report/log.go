@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"io"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // Log prints the latest exits of a domain, latest first, on a terminal of a

@@ -21,7 +21,7 @@ import (
 	"strings"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // Format is how an answer is printed.

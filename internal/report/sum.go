@@ -7,7 +7,7 @@ import (
 	"slices"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // Sum adds up reports, each over an interval. What several say of a domain is

@@ -11,7 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // The sum of parts is what the whole would have been, but for the percentiles.

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // Key is what domains are sorted by.

@@ -25,19 +25,19 @@ const module = "virtexit/"
 // Data flows from exit to report; clients know nothing but the API. What is
 // below test/ sees all and is seen by tests alone.
 var arrows = map[string][]string{
-	"cmd/virtexit":               {"internal/api", "internal/api/client", "internal/report"},
-	"cmd/virtexit-vdsm-hook":     {"internal/api", "internal/api/client"},
-	"cmd/virtexitd":              {"internal/api", "internal/api/server", "internal/daemon", "internal/ledger", "internal/prom", "internal/snapshot", "internal/source", "internal/source/kmod", "internal/source/replay", "vmmap"},
+	"api":                        {},
+	"api/client":                 {"api"},
+	"cmd/virtexit":               {"api", "api/client", "internal/report"},
+	"cmd/virtexit-vdsm-hook":     {"api", "api/client"},
+	"cmd/virtexitd":              {"api", "internal/daemon", "internal/ledger", "internal/prom", "internal/server", "internal/snapshot", "internal/source", "internal/source/kmod", "internal/source/replay", "vmmap"},
 	"internal/abi":               {},
-	"internal/api":               {},
-	"internal/api/client":        {"internal/api"},
-	"internal/api/server":        {"internal/api", "internal/exitreason"},
-	"internal/daemon":            {"internal/api", "internal/exitreason", "internal/ledger", "internal/snapshot", "internal/source", "vmmap"},
+	"internal/daemon":            {"api", "internal/exitreason", "internal/ledger", "internal/snapshot", "internal/source", "vmmap"},
 	"internal/exitreason":        {},
 	"internal/ledger":            {"internal/exitreason", "internal/snapshot"},
-	"internal/prom":              {"internal/api", "internal/exitreason", "internal/ledger", "internal/snapshot", "vmmap"},
-	"internal/report":            {"internal/api"},
+	"internal/prom":              {"api", "internal/exitreason", "internal/ledger", "internal/snapshot", "vmmap"},
+	"internal/report":            {"api"},
 	"internal/rules":             {},
+	"internal/server":            {"api", "internal/exitreason"},
 	"internal/snapshot":          {"internal/exitreason"},
 	"internal/source":            {"internal/exitreason", "internal/snapshot"},
 	"internal/source/kmod":       {"internal/abi", "internal/exitreason", "internal/snapshot", "internal/source"},
@@ -323,7 +323,7 @@ var rules = []struct {
 		"exitreason's test is not":      {"internal/exitreason/x_test.go": "package exitreason\nimport _ \"virtexit/internal/abi\"\n"},
 		"the lab outside tests":         {"vmmap/x.go": "package vmmap\nimport _ \"virtexit/test/lab\"\n"},
 		"a package nobody has drawn":    {"internal/new/x.go": "package new\n"},
-		"an import that does not parse": {"internal/api/x.go": "package api\nimport (\n"},
+		"an import that does not parse": {"api/x.go": "package api\nimport (\n"},
 	}},
 	{"libvirt", libvirt, map[string]map[string]string{
 		"the daemon asks":       {"internal/daemon/x.go": "package daemon\nimport \"libvirt.org/go/libvirt\"\n"},
@@ -332,9 +332,9 @@ var rules = []struct {
 		"the file is another's": {"vmmap/libvirt_cgo.go": "package vmmap\n"},
 	}},
 	{"spdx", spdx, map[string]map[string]string{
-		"none":                    {"internal/api/x.go": "package api\n"},
-		"too late":                {"internal/api/x.go": "\n// SPDX-License-Identifier: Apache-2.0\n"},
-		"nothing at all":          {"internal/api/x.go": ""},
+		"none":                    {"api/x.go": "package api\n"},
+		"too late":                {"api/x.go": "\n// SPDX-License-Identifier: Apache-2.0\n"},
+		"nothing at all":          {"api/x.go": ""},
 		"the module under Apache": {"kmod/x.c": "// SPDX-License-Identifier: Apache-2.0\n"},
 		"uapi without the note":   {"kmod/uapi/x.h": "/* SPDX-License-Identifier: GPL-2.0-only */\n"},
 		"Go under the GPL":        {"vmmap/x.go": "// SPDX-License-Identifier: GPL-2.0-only\n"},
@@ -371,8 +371,8 @@ var rules = []struct {
 		"unsaid": {"configs/virtexitd.yaml": "# a\na: 1\n\nb: 2\n"},
 	}},
 	{"gofmt", gofmt, map[string]map[string]string{
-		"spaces": {"internal/api/x.go": "package api\n\nfunc  f() {}\n"},
-		"no Go":  {"internal/api/x.go": "pack age api\n"},
+		"spaces": {"api/x.go": "package api\n\nfunc  f() {}\n"},
+		"no Go":  {"api/x.go": "pack age api\n"},
 	}},
 }
 

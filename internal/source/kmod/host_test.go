@@ -20,14 +20,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtexit/api"
+	"virtexit/api/client"
 	"virtexit/internal/abi"
-	"virtexit/internal/api"
-	"virtexit/internal/api/client"
-	"virtexit/internal/api/server"
 	"virtexit/internal/daemon"
 	"virtexit/internal/exitreason"
 	"virtexit/internal/ledger"
 	"virtexit/internal/report"
+	"virtexit/internal/server"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
 	"virtexit/vmmap"

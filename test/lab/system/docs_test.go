@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/test/lab/inside"
 )
 
@@ -59,6 +59,7 @@ func TestAPIExamples(t *testing.T) {
 	var last string
 	for _, e := range examples(t, "../../../docs/API.md") {
 		switch e.language {
+		case "go": // built by a test of api/client
 		case "json":
 			if last != e.text {
 				t.Errorf("got %s, the document says %s", last, e.text)

@@ -21,8 +21,8 @@ import (
 	"testing"
 	"time"
 
-	"virtexit/internal/api"
-	"virtexit/internal/api/client"
+	"virtexit/api"
+	"virtexit/api/client"
 	"virtexit/internal/source"
 	"virtexit/internal/source/kmod"
 	"virtexit/test/lab"

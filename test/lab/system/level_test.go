@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/test/lab/inside"
 )
 

@@ -15,7 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/snapshot"
 	"virtexit/test/lab/inside"
 )

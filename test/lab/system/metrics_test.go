@@ -20,7 +20,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/test/lab"
 	"virtexit/test/lab/inside"
 )

@@ -17,7 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/test/lab/inside"
 )
 

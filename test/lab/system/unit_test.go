@@ -19,8 +19,8 @@ import (
 	"testing"
 	"time"
 
-	"virtexit/internal/api"
-	"virtexit/internal/api/client"
+	"virtexit/api"
+	"virtexit/api/client"
 	"virtexit/test/lab/inside"
 )
 

@@ -26,8 +26,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"virtexit/internal/api"
-	"virtexit/internal/api/client"
+	"virtexit/api"
+	"virtexit/api/client"
 )
 
 // fakeBackend answers from memory.

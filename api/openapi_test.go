@@ -23,8 +23,8 @@ import (
 var update = flag.Bool("update", false, "write the schemas in docs/openapi.yaml")
 
 const (
-	openAPI = "../../docs/openapi.yaml"
-	marker  = "  schemas: # generated: go test ./internal/api -update\n"
+	openAPI = "../docs/openapi.yaml"
+	marker  = "  schemas: # generated: go test ./api -update\n"
 )
 
 // TestSchemas holds the schemas in the API's description to the types, with what

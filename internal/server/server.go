@@ -23,7 +23,7 @@ import (
 	"strings"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // Backend is what the server asks. Its methods are called from several

@@ -21,7 +21,7 @@ import (
 	"syscall"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 const (

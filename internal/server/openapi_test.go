@@ -15,14 +15,14 @@ import (
 
 	"github.com/getkin/kin-openapi/openapi3"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 )
 
 // description is docs/openapi.yaml. That its schemas are those of the code is
 // tested beside the types.
 func description(t *testing.T) *openapi3.T {
 	t.Helper()
-	doc, err := openapi3.NewLoader().LoadFromFile("../../../docs/openapi.yaml")
+	doc, err := openapi3.NewLoader().LoadFromFile("../../docs/openapi.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}

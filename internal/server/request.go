@@ -13,7 +13,7 @@ import (
 	"strings"
 	"time"
 
-	"virtexit/internal/api"
+	"virtexit/api"
 	"virtexit/internal/exitreason"
 )
 
