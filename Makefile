@@ -25,7 +25,7 @@ PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
 PACKAGES_docs  := man-db groff-base mandoc bash-completion zsh fish
 PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
-	bsdutils procps iproute2 sparse python3-minimal prometheus $(PACKAGES_docs)
+	bsdutils procps iproute2 sparse python3 prometheus $(PACKAGES_docs)
 PACKAGES_debug := flex bison bc libelf-dev
 
 LAB := build/lab/bin/lab
