@@ -41,7 +41,7 @@ func (l *life) step(what string, goesOn bool, state string, boots uint64, do fun
 	l.cpuid += boots * l.boot
 	var got api.Domain
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if got = l.d.find(l.name); got.State == state && counts(got)["cpuid"] == l.cpuid && (got.Since != nil) == (l.cpuid > 0) && (got.TGID != 0) == (state != "shut off") {
+		if got = l.d.find(l.name); got.State == state && counts(got)["cpuid"] == l.cpuid && (got.Since != nil || l.cpuid == 0) && (got.TGID != 0) == (state != "shut off") {
 			break
 		}
 	}
