@@ -11,6 +11,7 @@
 #	make kvm-patch	build/kvm-patch/$(KVER)/: KVM with an exit hook, see kvm-patch/README.md
 #	make lab-debug	the module's tests on a kernel with KASAN, lockdep and the like: half an hour, not in "make test"
 #	make install	onto this host: PREFIX, DESTDIR
+#	make deb rpm	packages, in build/packages/deb and rpm
 
 VERSION := $(shell sed -n 's/^\#define VX_VERSION "\(.*\)"/\1/p' kmod/vx.h)
 KVER    ?= $(shell uname -r)
@@ -34,10 +35,11 @@ SERIES   := 6.1 6.12
 FLAVOURS := $(foreach series,$(SERIES),$(series) $(series)-cloud $(series)-rt)
 release  = $$($(LAB) kernel --kernel $(1) | cut -d' ' -f1)
 
-.PHONY: build kmod kmods kvm-patch kvm-patches demo bench-cost lab lab-debug lab-debug-kernel test generate install uninstall clean distclean $(LAB)
+.PHONY: build kmod kmods kvm-patch kvm-patches demo bench-cost lab lab-debug lab-debug-kernel test generate install \
+	install-virtexit install-virtexit-dkms uninstall deb rpm staged clean distclean $(LAB)
 
 build: packages-build
-	$(GO) build -trimpath -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/virtexit ./cmd/virtexitd
+	$(GO) build -trimpath -buildmode=pie -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/virtexit ./cmd/virtexitd
 	@# VDSM's hosts are not Debian's.
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/virtexit-vdsm-hook
 	@mkdir -p build/completion
@@ -101,16 +103,20 @@ $(LAB):
 	@$(GO) build -o $@ ./test/lab/cmd
 	@CGO_ENABLED=0 $(GO) build -o build/lab/bin/guest ./test/lab/guest/cmd
 
-# Onto this host; with DESTDIR into a folder, and nothing of the host is touched.
+# Onto this host; with DESTDIR into a folder, and nothing of the host is touched. The
+# two parts say what is in the packages, too.
 UNIT     := $(PREFIX)/lib/systemd/system/virtexitd.service
 MAN      := $(PREFIX)/share/man
 BASH     := $(PREFIX)/share/bash-completion/completions/virtexit
 ZSH      := $(PREFIX)/share/zsh/vendor-completions/_virtexit
 FISH     := $(PREFIX)/share/fish/vendor_completions.d/virtexit.fish
+SYSUSERS := $(PREFIX)/lib/sysusers.d/virtexit.conf
+UDEV     := $(PREFIX)/lib/udev/rules.d/60-virtexit.rules
+DOC      := $(PREFIX)/share/doc/virtexit
 CONF     := /etc/virtexit/virtexitd.yaml
 KMOD_SRC := /usr/src/virtexit-$(VERSION)
 
-install: build
+install-virtexit: build
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/virtexit
 	install -D -t $(DESTDIR)$(PREFIX)/sbin bin/virtexitd
 	install -D -m 644 -t $(DESTDIR)$(MAN)/man1 docs/man/*.1
@@ -121,6 +127,9 @@ install: build
 	install -D -m 644 build/completion/fish $(DESTDIR)$(FISH)
 	install -D -m 644 configs/systemd/virtexitd.service $(DESTDIR)$(UNIT)
 	sed -i 's,^ExecStart=/usr/sbin/,ExecStart=$(PREFIX)/sbin/,' $(DESTDIR)$(UNIT)
+	install -D -m 644 configs/sysusers.d/virtexit.conf $(DESTDIR)$(SYSUSERS)
+	install -D -m 644 configs/udev/60-virtexit.rules $(DESTDIR)$(UDEV)
+	install -D -m 644 -t $(DESTDIR)$(DOC) README.md docs/*.md docs/*.yaml
 	@# What an administrator has edited stays; the new one is put beside it.
 	@if [ ! -e $(DESTDIR)$(CONF) ] || cmp -s configs/virtexitd.yaml $(DESTDIR)$(CONF); then \
 		install -D -m 644 configs/virtexitd.yaml $(DESTDIR)$(CONF); \
@@ -128,9 +137,14 @@ install: build
 		install -m 644 configs/virtexitd.yaml $(DESTDIR)$(CONF).new; \
 		echo "$(CONF) differs and is kept; the new one is $(CONF).new"; \
 	fi
+
+install-virtexit-dkms:
 	install -D -m 644 -t $(DESTDIR)$(KMOD_SRC) kmod/*.c kmod/*.h kmod/Kbuild kmod/Makefile kmod/dkms.conf
 	install -D -m 644 -t $(DESTDIR)$(KMOD_SRC)/uapi kmod/uapi/*.h
+
+install: install-virtexit install-virtexit-dkms
 ifeq ($(DESTDIR),)
+	@if command -v systemd-sysusers >/dev/null; then systemd-sysusers $(SYSUSERS); fi
 	@if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 	@if ! command -v dkms >/dev/null; then \
 		echo "virtexit.ko is not installed: dkms is missing. Either"; \
@@ -150,12 +164,30 @@ ifeq ($(DESTDIR),)
 	@if command -v dkms >/dev/null && [ -n "$$(dkms status virtexit/$(VERSION))" ]; then dkms remove virtexit/$(VERSION) --all; fi
 	@rmmod virtexit 2>/dev/null || true
 endif
-	rm -f $(DESTDIR)$(PREFIX)/bin/virtexit $(DESTDIR)$(PREFIX)/sbin/virtexitd $(DESTDIR)$(UNIT) $(DESTDIR)$(CONF).new
+	rm -f $(DESTDIR)$(PREFIX)/bin/virtexit $(DESTDIR)$(PREFIX)/sbin/virtexitd $(addprefix $(DESTDIR),$(UNIT) $(SYSUSERS) $(UDEV) $(CONF).new)
 	rm -f $(addprefix $(DESTDIR),$(BASH) $(ZSH) $(FISH)) $(patsubst docs/man/%.1,$(DESTDIR)$(MAN)/man1/%.1,$(wildcard docs/man/*.1)) \
 		$(DESTDIR)$(MAN)/man5/virtexitd.yaml.5 $(DESTDIR)$(MAN)/man8/virtexitd.8
-	rm -rf $(DESTDIR)$(KMOD_SRC)
+	rm -rf $(addprefix $(DESTDIR),$(DOC) $(KMOD_SRC))
 	@if cmp -s configs/virtexitd.yaml $(DESTDIR)$(CONF); then rm -r $(DESTDIR)$(dir $(CONF)); \
 	elif [ -e $(DESTDIR)$(CONF) ]; then echo "$(CONF) has been edited and is kept"; fi
+
+# Packages, in $(OUT)/deb and $(OUT)/rpm. Each bears the name of who builds it.
+OUT        := build/packages
+SHIPPED    := virtexit virtexit-dkms
+MAINTAINER ?= virtexit <root@localhost>
+NFPM       := VERSION=$(VERSION) MAINTAINER="$(MAINTAINER)" $(GO) tool -modfile=configs/packages/nfpm.mod nfpm package
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
+
+deb rpm: staged
+	@rm -rf $(OUT)/$@; mkdir -p $(OUT)/$@
+	@set -e; for p in $(SHIPPED); do $(NFPM) -f configs/packages/$$p.yaml -p $@ -t $(OUT)/$@/; done
+
+# What "make install" installs, and what Debian wants beside.
+staged: build
+	@rm -rf $(OUT)/staged
+	@set -e; for p in $(SHIPPED); do \
+		$(MAKE) -s --no-print-directory install-$$p DESTDIR=$(CURDIR)/$(OUT)/staged/$$p PREFIX=/usr; \
+		configs/packages/stage $(OUT)/staged/$$p $$p $(VERSION) "$(MAINTAINER)"; done
 
 generate:
 	$(GO) generate ./internal/abi
@@ -174,7 +206,7 @@ packages-%:
 	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null
 
 clean:
-	rm -rf bin build/completion build/kmod build/kvm-patch build/lab/bin build/lab/logs
+	rm -rf bin build/packages build/completion build/kmod build/kvm-patch build/lab/bin build/lab/logs
 
 # And the unpacked kernels.
 distclean: clean

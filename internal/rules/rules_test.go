@@ -121,7 +121,7 @@ var licences = []struct{ folder, licence string }{
 
 // unmarked matches files that carry no licence of their own: data, and formats
 // without comments.
-var unmarked = regexp.MustCompile(`(^|/)testdata/|^LICENSES/|\.(md|json|patch)$|^go\.(mod|sum)$|^\.gitignore$`)
+var unmarked = regexp.MustCompile(`(^|/)testdata/|^LICENSES/|\.(md|json|patch)$|^go\.mod$|\.sum$|^\.gitignore$`)
 
 var licenceTag = regexp.MustCompile(`^\W*SPDX-License-Identifier: (.*?)(\W*\*/)?$`)
 
