@@ -5,6 +5,7 @@
 #   release, tree   the kernel's release, and its module tree on the host
 #   modules         modules to insert, in this order
 #   share           yes: the host's root file system is the tag "root" on 9p; no: the initramfs is all there is
+#   system          on the host, the root of a Debian system that is to boot in place of the host's; or empty
 #   tty             yes: the command gets the second serial port as its terminal
 # /lab/command is the command. Its output goes to the second serial port and nothing else does, but for lines that open
 # with a record separator: one when it starts and, last of all, one with its exit status. Failing here, or dying, means
@@ -29,9 +30,20 @@ if [ "$share" = yes ]; then
 	mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose root /share
 	mount -t tmpfs memory /memory
 	mkdir /memory/upper /memory/work
-	mount -t overlay -o lowerdir=/share,upperdir=/memory/upper,workdir=/memory/work root /root
+	mount -t overlay -o "lowerdir=/share$system,upperdir=/memory/upper,workdir=/memory/work" root /root
 	mount -t tmpfs -o mode=755 run /root/run
 	mount -t devtmpfs dev /root/dev
+	if [ -n "$system" ]; then
+		mkdir -p /root/host /root/run/lab /root/run/systemd/system/default.target.wants /memory/modules /memory/depmod "/root/lib/modules/$release"
+		mount -t overlay -o "lowerdir=/share$tree:/share$system/lib/modules/$release,upperdir=/memory/modules,workdir=/memory/depmod" \
+			modules "/root/lib/modules/$release"
+		mount -o move /share /root/host
+		cp /lab/command /lab/system.sh /root/run/lab
+		cp /lab/system.service /root/run/systemd/system/lab.service
+		ln -s ../lab.service /root/run/systemd/system/default.target.wants
+		exec 3>&-
+		exec switch_root /root /sbin/init
+	fi
 	mkdir -p "/root/lib/modules/$release"
 	mount -o bind "/root$tree" "/root/lib/modules/$release"
 fi

@@ -4,7 +4,8 @@
 // there, as root, on any Linux host. QEMU's own CPU (TCG) provides AMD's SVM, Bochs provides Intel's VMX.
 //
 // In QEMU the command sees the host's root file system under the same paths, with a layer in memory that takes what it
-// writes. In Bochs it sees busybox and the files named by Config.Files.
+// writes. Where Config.System is set it sees that system, which its own init has booted, and the host's files read-only
+// below /host. In Bochs it sees busybox and the files named by Config.Files.
 //
 // A command has succeeded only when the machine says so: its exit status arrives as the last line on a serial port that
 // nothing else writes to. A machine that panics, hangs or goes silently is an error that quotes the console.
@@ -68,6 +69,7 @@ type Config struct {
 	Command []string      // run as root
 	Dir     string        // the command's working directory; the caller's where empty
 	Env     []string      // further environment of the command, as NAME=value
+	System  string        // root of a Debian system that boots with its own init, see FindSystem; QEMU alone
 	Timeout time.Duration // from power-on to power-off; 5 minutes where 0, 20 in Bochs
 
 	// Files and Modules go into a machine that does not see the host: files of the host, which keep their paths, and
@@ -183,9 +185,15 @@ func (c Config) withDefaults() (Config, error) {
 	c.Emulator = cmp.Or(c.Emulator, QEMU)
 	c.Name = cmp.Or(c.Name, filepath.Base(c.Command[0]))
 	c.Dir = cmp.Or(c.Dir, wd)
+	if c.System != "" {
+		c.Dir = filepath.Join("/host", c.Dir)
+	}
 	c.Accel = cmp.Or(c.Accel, os.Getenv(AcceleratorVar), DefaultAccelerator)
 	if c.Output == nil {
 		c.Output = io.Discard
+	}
+	if c.System != "" && (c.tty || c.Emulator != QEMU) {
+		return c, errors.New("a system of its own boots in QEMU alone, and has no terminal")
 	}
 	switch c.Emulator {
 	case QEMU:
@@ -226,8 +234,14 @@ func (m *machine) power(ctx context.Context) error {
 	return m.qemu(ctx)
 }
 
-//go:embed init.sh
-var initScript []byte
+var (
+	//go:embed init.sh
+	initScript []byte
+	//go:embed system.sh
+	systemScript []byte
+	//go:embed system.service
+	systemUnit []byte
+)
 
 // shared holds the modules that a machine needs to reach the host's files.
 var shared = []string{"virtio_pci", "9pnet_virtio", "9p", "overlay"}
@@ -245,7 +259,7 @@ func (m *machine) writeInitramfs() error {
 	a.Mkdir("/dev")
 	a.Add("/init", 0o755, initScript)
 
-	config := map[string]string{"release": m.kernel.Release, "modules": "", "share": "no", "tty": "no"}
+	config := map[string]string{"release": m.kernel.Release, "modules": "", "share": "no", "system": m.System, "tty": "no"}
 	modules := m.Modules
 	if m.Emulator == QEMU {
 		config["share"] = "yes"
@@ -283,6 +297,10 @@ func (m *machine) writeInitramfs() error {
 	}
 	a.Add("/lab/config", 0o644, []byte(script.String()))
 	a.Add("/lab/command", 0o644, m.script())
+	if m.System != "" {
+		a.Add("/lab/system.sh", 0o644, systemScript)
+		a.Add("/lab/system.service", 0o644, systemUnit)
+	}
 	return errors.Join(a.Close(), f.Close())
 }
 

@@ -7,6 +7,7 @@
 //	go run ./test/lab/cmd kernel [flags]              prints the release that the lab boots, and where it is unpacked
 //	go run ./test/lab/cmd release VERSION             prints the release that a version such as 6.1-rt means
 //	go run ./test/lab/cmd headers RELEASE             prints where modules for the release can be built
+//	go run ./test/lab/cmd system RELEASE              prints the root of a Debian system in which DKMS builds for the release
 //	go run ./test/lab/cmd source [-whole] RELEASE     prints where the source of the release is, KVM's alone or all
 //	go run ./test/lab/cmd guest SCRIPT FILE           writes an initramfs with busybox whose init is the script
 package main
@@ -39,7 +40,7 @@ func main() {
 }
 
 func run(args []string) error {
-	const usage = "usage: lab run|shell|kernel|release|headers|source|guest [flags] [ARGUMENTS]"
+	const usage = "usage: lab run|shell|kernel|release|headers|system|source|guest [flags] [ARGUMENTS]"
 	if len(args) == 0 {
 		return errors.New(usage)
 	}
@@ -49,6 +50,7 @@ func run(args []string) error {
 	flags.StringVar((*string)(&c.Emulator), "emulator", string(lab.QEMU), "`qemu` (AMD SVM) or bochs (Intel VMX)")
 	flags.IntVar(&c.CPUs, "cpus", 0, "number of CPUs")
 	flags.IntVar(&c.Memory, "memory", 0, "memory in MiB")
+	flags.StringVar(&c.System, "system", "", "`root` of a Debian system that is to boot with its own init; the host is at /host")
 	flags.BoolVar(&c.Icount, "icount", false, "one CPU whose TSC counts instructions")
 	flags.StringVar(&c.Cmdline, "cmdline", "", "further kernel arguments")
 	flags.Func("file", "`file` of the host for a machine that does not see the host; repeatable", func(s string) error { c.Files = append(c.Files, s); return nil })
@@ -89,6 +91,15 @@ func run(args []string) error {
 			return errors.New("usage: lab headers RELEASE")
 		}
 		dir, err := lab.FindHeaders(c.Command[0])
+		if err == nil {
+			fmt.Println(dir)
+		}
+		return err
+	case "system":
+		if len(c.Command) != 1 {
+			return errors.New("usage: lab system RELEASE")
+		}
+		dir, err := lab.FindSystem(c.Command[0])
 		if err == nil {
 			fmt.Println(dir)
 		}
