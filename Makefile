@@ -2,6 +2,7 @@
 #
 #	make demo	virtexit at work, in an emulated machine with real guests
 #	make test	every test, those in the lab included
+#	make test-packages	the packages with a module that DKMS builds in the lab: ten minutes or so, not in "make test"
 #	make bench-cost	what watching an exit costs, virtexit and others; build/bench-cost.json
 #	make lab	a root shell in that machine
 #	make build	bin/virtexitd, bin/virtexit; build/completion, for shells
@@ -26,7 +27,7 @@ PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
 PACKAGES_docs  := man-db groff-base mandoc bash-completion zsh fish
 PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
-	bsdutils procps iproute2 sparse python3 prometheus $(PACKAGES_docs)
+	bsdutils procps iproute2 sparse python3 prometheus mmdebstrap $(PACKAGES_docs)
 PACKAGES_debug := flex bison bc libelf-dev
 
 LAB := build/lab/bin/lab
@@ -36,7 +37,7 @@ FLAVOURS := $(foreach series,$(SERIES),$(series) $(series)-cloud $(series)-rt)
 release  = $$($(LAB) kernel --kernel $(1) | cut -d' ' -f1)
 
 .PHONY: build kmod kmods kvm-patch kvm-patches demo bench-cost lab lab-debug lab-debug-kernel test generate install \
-	install-virtexit install-virtexit-dkms uninstall deb rpm staged clean distclean $(LAB)
+	install-virtexit install-virtexit-dkms uninstall deb rpm staged test-packages clean distclean $(LAB)
 
 build: packages-build
 	$(GO) build -trimpath -buildmode=pie -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/virtexit ./cmd/virtexitd
@@ -91,13 +92,18 @@ lab-debug-kernel: packages-lab packages-debug $(LAB)
 lab-debug: lab-debug-kernel
 	$(GO) test -tags lab_debug -count 1 -v -timeout 70m -run '^TestDebugKernel$$' ./test/lab
 
-test: packages-lab build
+test: packages-lab deb
 	@$(MAKE) --no-print-directory kmods
 	@$(MAKE) --no-print-directory kvm-patches
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) vet -tags $(TAGS),lab,lab_debug ./...
 	$(GO) tool staticcheck -tags $(TAGS),lab,lab_debug ./...
 	$(GO) test -tags $(TAGS) -race -timeout 80m ./...
+
+# DKMS builds in an emulated machine; "make test" installs a module that is built.
+test-packages: packages-lab deb $(LAB)
+	@$(MAKE) -s --no-print-directory kmod KVER=$(call release,6.1)
+	VIRTEXIT_PACKAGES_DKMS=yes $(GO) test -count 1 -v -timeout 30m -run '^TestInstall$$' ./test/packages
 
 $(LAB):
 	@$(GO) build -o $@ ./test/lab/cmd
