@@ -37,7 +37,7 @@ FLAVOURS := $(foreach series,$(SERIES),$(series) $(series)-cloud $(series)-rt)
 release  = $$($(LAB) kernel --kernel $(1) | cut -d' ' -f1)
 
 .PHONY: build kmod kmods kvm-patch kvm-patches demo bench-cost lab lab-debug lab-debug-kernel test generate install \
-	install-virtexit install-virtexit-dkms uninstall deb rpm staged test-packages clean distclean $(LAB)
+	install-virtexit install-virtexit-dkms install-vdsm-hook-virtexit uninstall deb rpm staged test-packages clean distclean $(LAB)
 
 build: packages-build
 	$(GO) build -trimpath -buildmode=pie -tags $(TAGS) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/virtexit ./cmd/virtexitd
@@ -148,6 +148,9 @@ install-virtexit-dkms:
 	install -D -m 644 -t $(DESTDIR)$(KMOD_SRC) kmod/*.c kmod/*.h kmod/Kbuild kmod/Makefile kmod/dkms.conf
 	install -D -m 644 -t $(DESTDIR)$(KMOD_SRC)/uapi kmod/uapi/*.h
 
+install-vdsm-hook-virtexit: build
+	configs/vdsm/install bin/virtexit-vdsm-hook $(DESTDIR)
+
 install: install-virtexit install-virtexit-dkms
 ifeq ($(DESTDIR),)
 	@if command -v systemd-sysusers >/dev/null; then systemd-sysusers $(SYSUSERS); fi
@@ -179,7 +182,7 @@ endif
 
 # Packages, in $(OUT)/deb and $(OUT)/rpm. Each bears the name of who builds it.
 OUT        := build/packages
-SHIPPED    := virtexit virtexit-dkms
+SHIPPED    := virtexit virtexit-dkms vdsm-hook-virtexit
 MAINTAINER ?= virtexit <root@localhost>
 NFPM       := VERSION=$(VERSION) MAINTAINER="$(MAINTAINER)" $(GO) tool -modfile=configs/packages/nfpm.mod nfpm package
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)

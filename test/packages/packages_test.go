@@ -62,7 +62,8 @@ func TestContents(t *testing.T) {
 			"/etc/virtexit/virtexitd.yaml", "/usr/bin/virtexit", "/usr/lib/systemd/system/virtexitd.service",
 			"/usr/lib/sysusers.d/virtexit.conf", "/usr/lib/udev/rules.d/60-virtexit.rules", "/usr/sbin/virtexitd",
 		},
-		"virtexit-dkms_": {"/usr/src/virtexit-*/dkms.conf", "/usr/src/virtexit-*/uapi/virtexit.h"},
+		"vdsm-hook-virtexit_": {"/usr/libexec/vdsm/hooks/after_get_vm_stats/50_virtexit", "/usr/libexec/virtexit-vdsm-hook"},
+		"virtexit-dkms_":      {"/usr/src/virtexit-*/dkms.conf", "/usr/src/virtexit-*/uapi/virtexit.h"},
 	} {
 		t.Run(pkg, func(t *testing.T) {
 			debs, err := filepath.Glob("../../build/packages/deb/" + pkg + "*.deb")
@@ -77,7 +78,7 @@ func TestContents(t *testing.T) {
 			for line := range strings.Lines(string(out)) {
 				fields := strings.Fields(line) // mode owner size date time path
 				name := strings.TrimPrefix(fields[5], ".")
-				if fields[1] != "root/root" || fields[0][5] == 'w' || fields[0][8] == 'w' || strings.ContainsAny(fields[0], "st") {
+				if fields[0][0] != 'l' && (fields[0][5] == 'w' || fields[0][8] == 'w' || strings.ContainsAny(fields[0], "st")) || fields[1] != "root/root" {
 					t.Errorf("%s: %s %s", name, fields[0], fields[1])
 				}
 				for _, w := range want {
