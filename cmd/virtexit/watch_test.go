@@ -8,6 +8,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -127,6 +128,10 @@ func given(t *testing.T, p *pty, before unix.Termios) {
 
 // However it ends, the terminal is as it was.
 func TestScreenEnds(t *testing.T) {
+	// What nohup has us ignore, those that we start would.
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT)
+	defer signal.Stop(caught)
 	onPath(t)
 	t.Setenv("TERM", "xterm")
 	for _, tt := range []struct {
