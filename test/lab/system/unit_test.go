@@ -99,8 +99,9 @@ func startAs(t *testing.T, uid int, args ...string) int {
 	return cmd.Process.Pid
 }
 
-// TestUnit has systemd run virtexitd, by the unit that is shipped: all that it
-// forbids is forbidden. Then again, without one capability after another.
+// TestUnit has systemd run virtexitd, by the unit that is shipped, but for its user,
+// who a user's manager cannot be told: all that it forbids is forbidden. Then again,
+// without one capability after another. The user is tested with the packages.
 func TestUnit(t *testing.T) {
 	const (
 		uuid    = "eeeeeeee-1111-4111-8111-000000000001"
@@ -118,7 +119,7 @@ func TestUnit(t *testing.T) {
 	restart := func(more string) error {
 		const dir = "/run/systemd/user/virtexitd.service.d"
 		err := errors.Join(os.MkdirAll(dir, 0o755),
-			os.WriteFile(dir+"/test.conf", []byte("[Service]\nRestart=no\nStandardError=append:"+log+"\n"+more+"\n"), 0o644))
+			os.WriteFile(dir+"/test.conf", []byte("[Service]\nUser=\nRestart=no\nStandardError=append:"+log+"\n"+more+"\n"), 0o644))
 		if err != nil {
 			t.Fatal(err)
 		}
