@@ -152,7 +152,7 @@ else
 	quiet apt-get -qq purge virtexit virtexit-dkms
 fi
 equal "$(find /etc /run /var/lib /usr/bin /usr/sbin /usr/src /usr/lib/systemd /usr/lib/sysusers.d /usr/lib/udev /usr/share/doc \
-	/lib/modules/*/updates -maxdepth 3 -name '*virtexit*' ! -path '/run/virtexit_9_*')" ""
+	/lib/modules/*/updates -maxdepth 3 -name '*virtexit*' ! -path '/run/virtexit_9_*' ! -path '/run/next/*')" ""
 equal "$(getent passwd virtexit; getent group virtexit; dkms status; dpkg-query -W '*virtexit*' 2>/dev/null; ls /sys/module | grep virtexit)" ""
 equal "$(systemctl show -P LoadState virtexitd)" not-found
 equal "$(systemctl is-system-running)" running
