@@ -135,7 +135,7 @@ install-virtexit: build
 	sed -i 's,^ExecStart=/usr/sbin/,ExecStart=$(PREFIX)/sbin/,' $(DESTDIR)$(UNIT)
 	install -D -m 644 configs/sysusers.d/virtexit.conf $(DESTDIR)$(SYSUSERS)
 	install -D -m 644 configs/udev/60-virtexit.rules $(DESTDIR)$(UDEV)
-	install -D -m 644 -t $(DESTDIR)$(DOC) README.md docs/*.md docs/*.yaml
+	install -D -m 644 -t $(DESTDIR)$(DOC) README.md docs/*.md docs/*.yaml configs/prometheus/virtexit.rules.yml
 	@# What an administrator has edited stays; the new one is put beside it.
 	@if [ ! -e $(DESTDIR)$(CONF) ] || cmp -s configs/virtexitd.yaml $(DESTDIR)$(CONF); then \
 		install -D -m 644 configs/virtexitd.yaml $(DESTDIR)$(CONF); \
