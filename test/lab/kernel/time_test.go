@@ -522,8 +522,8 @@ func TestInterruptsAreNotGuestTime(t *testing.T) {
 		t.Skip("machine: too slow, and its tracepoint is never late")
 	}
 	inside.Load(t, "")
-	shares := map[string]float64{}
-	enough := 1000 // timers
+	gains := map[string]float64{} // of share over what is done: 1 where guest time is exact
+	enough := 1000                // timers
 	for _, c := range []struct {
 		build inside.Build
 		hook  string
@@ -542,7 +542,7 @@ func TestInterruptsAreNotGuestTime(t *testing.T) {
 			}
 			timers := newTimers(t, v.VCPU)
 			timers.more(enough)
-			var share float64
+			var share, done float64
 			for try := 1; ; {
 				var quiet, loud progress
 				for range 4 {
@@ -552,7 +552,7 @@ func TestInterruptsAreNotGuestTime(t *testing.T) {
 					loud.add(t, v)
 				}
 				// Of what the guest gets done, and of its time, with interrupts.
-				done := loud.loops / loud.wall / (quiet.loops / quiet.wall)
+				done = loud.loops / loud.wall / (quiet.loops / quiet.wall)
 				share = loud.guest / loud.wall / (quiet.guest / quiet.wall)
 				if done >= 0.5 && len(timers.ids) < 2500 { // more would only expire less often
 					timers.more(400)
@@ -569,11 +569,11 @@ func TestInterruptsAreNotGuestTime(t *testing.T) {
 					t.Fatalf("interrupts leave the guest %.2f of its time, in which it gets %.2f done", share, done)
 				}
 			}
-			shares[c.hook] = share
+			gains[c.hook] = share / done
 		})
 	}
-	if a, b := shares["tracepoint"], shares["patch"]; len(shares) == 2 && (a > b+0.2 || b > a+0.2) {
-		t.Errorf("interrupts leave the guest %.2f of its time by the tracepoint, %.2f by the patch", a, b)
+	if a, b := gains["tracepoint"], gains["patch"]; len(gains) == 2 && max(a, b) > 1.5*min(a, b) {
+		t.Errorf("interrupts leave the guest %.2f of its time for 1 that it gets done by the tracepoint, %.2f by the patch", a, b)
 	}
 }
 
