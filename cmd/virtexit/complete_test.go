@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"virtexit/api"
+	"virtexit/test/lab"
 )
 
 // TestMain is the program itself when it is called by that name, as the shell
@@ -95,20 +96,14 @@ func TestShells(t *testing.T) {
 	t.Setenv("XDG_DATA_HOME", home)
 	t.Setenv("TERM", "dumb")
 	const bashCompletion = "/usr/share/bash-completion/bash_completion"
-	for _, tt := range []struct{ name, needs, pkg, args, setup string }{
-		{"bash", bashCompletion, "bash-completion", "--norc --noprofile -i",
+	for _, tt := range []struct{ name, needs, args, setup string }{
+		{"bash", bashCompletion, "--norc --noprofile -i",
 			"source " + bashCompletion + "; source <(virtexit completion bash)"},
-		{"zsh", "/usr/bin/zsh", "zsh", "-f -i", "autoload -U compinit; compinit -u -D; source <(virtexit completion zsh)"},
-		{"fish", "/usr/bin/fish", "fish", "--no-config -i", "virtexit completion fish | source"},
+		{"zsh", "zsh", "-f -i", "autoload -U compinit; compinit -u -D; source <(virtexit completion zsh)"},
+		{"fish", "fish", "--no-config -i", "virtexit completion fish | source"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if _, err := os.Stat(tt.needs); err != nil {
-				line := "missing on this host: apt-get install " + tt.pkg
-				if os.Getenv("CI") == "true" {
-					t.Fatal(line)
-				}
-				t.Skip(line)
-			}
+			lab.Require(t, tt.needs)
 			b := newBackend()
 			b.level = ptr("time")
 			t.Setenv("VIRTEXIT_SOCKET", serve(t, b))

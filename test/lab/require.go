@@ -10,6 +10,8 @@ import (
 	"testing"
 )
 
+const bashCompletion = "/usr/share/bash-completion/bash_completion"
+
 // packages tells which Debian package holds a tool; others are named like their tool.
 var packages = map[string]string{
 	"qemu-system-x86_64": "qemu-system-x86",
@@ -25,6 +27,8 @@ var packages = map[string]string{
 	"virsh":              "libvirt-clients",
 	"perf":               "linux-perf",
 	"promtool":           "prometheus",
+	"man":                "man-db",
+	bashCompletion:       "bash-completion",
 	bochsTerm:            "bochs-term",
 	bochsBIOS:            "bochsbios",
 	vgaBIOS:              "vgabios",

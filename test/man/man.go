@@ -14,6 +14,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
+
+	"virtexit/test/lab"
 )
 
 // Page is one page. Its texts have paragraphs, and lines that begin with two
@@ -165,21 +167,14 @@ func Check(t *testing.T, root string, p *Page, update bool) {
 	}
 }
 
-// Lint holds that neither man nor mandoc has anything against the pages. Where CI
-// is true they have to be there.
+// Lint holds that neither man nor mandoc has anything against the pages.
 func Lint(t *testing.T, pages ...string) {
 	t.Helper()
+	lab.Require(t, "man", "mandoc")
 	for _, command := range [][]string{
 		{"man", "--warnings", "-l"},
 		{"mandoc", "-T", "lint", "-W", "warning"},
 	} {
-		if _, err := exec.LookPath(command[0]); err != nil {
-			line := "missing on this host: apt-get install man-db groff-base mandoc"
-			if os.Getenv("CI") == "true" {
-				t.Fatal(line)
-			}
-			t.Skip(line)
-		}
 		var stdout, stderr strings.Builder
 		cmd := exec.Command(command[0], append(command[1:], pages...)...)
 		cmd.Stdout, cmd.Stderr = &stdout, &stderr
