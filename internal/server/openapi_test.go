@@ -162,6 +162,9 @@ func check(t *testing.T, operation *openapi3.Operation, request string, resp *ht
 			t.Errorf("%s: %v", request, err)
 			return
 		}
+		if object, _ := value.(map[string]any); n == 0 && object["schema"] != api.Schema {
+			t.Errorf("%s: schema %v", request, object["schema"])
+		}
 		if err := media.Schema.Value.VisitJSON(value); err != nil {
 			t.Errorf("%s: line %d: %v", request, n, err)
 		}
