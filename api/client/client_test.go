@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"virtexit/api"
+	"virtexit/test/stranger"
 )
 
 func TestConnectError(t *testing.T) {
@@ -70,32 +71,6 @@ func TestConnectError(t *testing.T) {
 	})
 }
 
-// answering serves each connection the same bytes once it has sent something.
-func answering(t *testing.T, answer string) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "sock")
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				c.Read(make([]byte, 1))
-				io.WriteString(c, answer)
-				io.Copy(io.Discard, c) // until the client hangs up
-			}()
-		}
-	}()
-	return path
-}
-
 func TestStrangers(t *testing.T) {
 	head := func(status string, n int) string {
 		return fmt.Sprintf("HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n", status, n)
@@ -109,7 +84,7 @@ func TestStrangers(t *testing.T) {
 		{"redirect", "HTTP/1.1 302 Found\r\nLocation: http://example.org/\r\nContent-Length: 0\r\n\r\n", "not an answer of virtexitd: HTTP status 302"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			c := New(answering(t, tt.answer))
+			c := New(stranger.Answer(t, tt.answer))
 			c.patience = 200 * time.Millisecond
 			_, err := c.Status(t.Context())
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -135,7 +110,7 @@ func TestFollowStrangers(t *testing.T) {
 		{"endless line", head + chunk(first+strings.Repeat("x", maxLine+1)), "token too long"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			c := New(answering(t, tt.answer))
+			c := New(stranger.Answer(t, tt.answer))
 			c.patience = 200 * time.Millisecond
 			err := c.Follow(t.Context(), "x", api.LogQuery{}, func(api.LogLine) error { return nil })
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -172,7 +147,7 @@ func TestFollowCutOff(t *testing.T) {
 // Once it has begun, a log may be silent for long.
 func TestFollowIsPatient(t *testing.T) {
 	const first = `{"schema":"virtexit/v1","domain":"x"}` + "\n"
-	c := New(answering(t, fmt.Sprintf("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n", len(first), first)))
+	c := New(stranger.Answer(t, fmt.Sprintf("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n", len(first), first)))
 	c.patience = 100 * time.Millisecond
 	ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
 	defer cancel()
@@ -184,7 +159,7 @@ func TestFollowIsPatient(t *testing.T) {
 func TestCanceled(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(50*time.Millisecond, cancel)
-	if _, err := New(answering(t, "")).Report(ctx, nil, time.Minute); err != context.Canceled {
+	if _, err := New(stranger.Answer(t, "")).Report(ctx, nil, time.Minute); err != context.Canceled {
 		t.Errorf("got %v, want %v", err, context.Canceled)
 	}
 }

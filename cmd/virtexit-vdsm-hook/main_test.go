@@ -28,6 +28,7 @@ import (
 
 	"virtexit/api"
 	"virtexit/internal/server"
+	"virtexit/test/stranger"
 	"virtexit/test/vdsm"
 )
 
@@ -317,7 +318,7 @@ func TestAllVMStats(t *testing.T) {
 	unknown := slices.IndexFunc(domains, func(d api.Domain) bool { return d.Name == "vm13" })
 	// Made beforehand, since the server is slow where races are looked for.
 	answer := record(t, serve(t, &backend{domains: slices.Delete(domains, unknown, unknown+1)}, server.Options{}))
-	h := host(t, answering(t, answer))
+	h := host(t, stranger.Answer(t, answer))
 	after := change(t, h, "after_get_all_vm_stats", text)
 	rest, values := added(t, after)
 	if !bytes.Equal(rest, text) {
@@ -338,34 +339,6 @@ func TestAllVMStats(t *testing.T) {
 			t.Errorf("VM %d: %d exits, %v", i, v.Total, err)
 		}
 	}
-}
-
-// answering answers every connection the same once it is asked something.
-func answering(t *testing.T, answer string) (socket string) {
-	t.Helper()
-	dir := t.TempDir()
-	os.Chmod(filepath.Dir(dir), 0o755)
-	socket = filepath.Join(dir, "sock")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				c.Read(make([]byte, 1))
-				io.WriteString(c, answer)
-				io.Copy(io.Discard, c) // until the hook hangs up
-			}()
-		}
-	}()
-	return socket
 }
 
 // record asks a server for all domains and returns its answer as it came.
@@ -413,10 +386,10 @@ func TestLeftAsItIs(t *testing.T) {
 	for _, tt := range []struct{ name, point, socket, text, want string }{
 		{"no daemon", "after_get_vm_stats", "/nonexistent/sock", good, "cannot connect to virtexitd at '/nonexistent/sock': no such file: is the daemon running?"},
 		{"no daemon, capabilities", "after_get_caps", "/nonexistent/sock", `{}`, "is the daemon running?"},
-		{"silent", "after_get_vm_stats", answering(t, ""), good, late},
-		{"half an answer", "after_get_all_vm_stats", answering(t, "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), good + " ", late},
+		{"silent", "after_get_vm_stats", stranger.Answer(t, ""), good, late},
+		{"half an answer", "after_get_all_vm_stats", stranger.Answer(t, "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), good + " ", late},
 		{"deaf", "after_get_vm_stats", deaf, good, ""}, // refused or waited for, as the kernel likes
-		{"another", "after_get_vm_stats", answering(t, "220 mail ESMTP\r\n"), good, "no answer from virtexitd"},
+		{"another", "after_get_vm_stats", stranger.Answer(t, "220 mail ESMTP\r\n"), good, "no answer from virtexitd"},
 		{"bad JSON", "after_get_vm_stats", up, good[:len(good)-9], "bad JSON at byte"},
 		{"nothing", "after_get_vm_stats", up, "", "bad JSON at byte 0"},
 		{"no list", "after_get_vm_stats", up, `{"vmId": "` + uuid + `"}`, "statistics are no list"},
