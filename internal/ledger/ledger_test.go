@@ -752,7 +752,7 @@ func TestViewStays(t *testing.T) {
 	}
 }
 
-// All rows change; BenchmarkHost of internal/source/kmod is closer to life.
+// All rows change; BenchmarkHost of internal/slots is closer to life.
 func BenchmarkApply(b *testing.B) {
 	for _, rows := range []int{12, 30} {
 		b.Run(fmt.Sprintf("1000x8/rows=%d", rows), func(b *testing.B) {

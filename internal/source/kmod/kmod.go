@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtexit/internal/abi"
+	"virtexit/internal/slots"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
 )
@@ -35,7 +36,7 @@ type Source struct {
 	mu      sync.Mutex
 	closed  bool
 	mapping []byte
-	memory  *memory
+	memory  *slots.Memory
 }
 
 var _ source.Source = (*Source)(nil)
@@ -103,7 +104,7 @@ func dial() (*genetlink.Conn, error) {
 }
 
 // mapDevice maps the counters. The mapping outlives the descriptor.
-func mapDevice(path string) (mapping []byte, m *memory, err error) {
+func mapDevice(path string) (mapping []byte, m *slots.Memory, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("%s: %w", path, err)
@@ -122,7 +123,7 @@ func mapDevice(path string) (mapping []byte, m *memory, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("map: %w", err)
 	}
-	size, err := mappingSize(page)
+	size, err := slots.Size(page)
 	if err := errors.Join(err, unix.Munmap(page)); err != nil {
 		return nil, nil, err
 	}
@@ -130,7 +131,7 @@ func mapDevice(path string) (mapping []byte, m *memory, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("map %d bytes: %w", size, err)
 	}
-	if m, err = newMemory(mapping, hostClock()); err != nil {
+	if m, err = slots.New(mapping, slots.TSC()); err != nil {
 		return nil, nil, errors.Join(err, unix.Munmap(mapping))
 	}
 	return mapping, m, nil
@@ -160,7 +161,7 @@ func (s *Source) info() (source.Info, error) {
 		return source.Info{}, fmt.Errorf("get: %w", err)
 	}
 	if s.memory != nil { // open asks before it maps
-		info.ExitCost, info.EntryCost = s.memory.cost()
+		info.ExitCost, info.EntryCost = s.memory.Cost()
 	}
 	return info, nil
 }
@@ -206,7 +207,7 @@ func (s *Source) Recent(id snapshot.SlotID, from uint64) ([]snapshot.Exit, error
 	if s.closed {
 		return nil, os.ErrClosed
 	}
-	exits, err := s.memory.readRecent(id, from)
+	exits, err := s.memory.Recent(id, from)
 	if err != nil {
 		return nil, fmt.Errorf("recent exits from %s: %w", device, err)
 	}
@@ -220,7 +221,7 @@ func (s *Source) Snapshot() (*snapshot.Snapshot, error) {
 	if s.closed {
 		return nil, os.ErrClosed
 	}
-	snap, err := s.memory.snapshot()
+	snap, err := s.memory.Snapshot()
 	if err != nil {
 		return nil, fmt.Errorf("snapshot of %s: %w", device, err)
 	}

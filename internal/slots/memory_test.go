@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package kmod
+package slots
 
 import (
 	"encoding/binary"
 	"errors"
 	"math"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -39,8 +37,8 @@ const (
 	bootNow = 1 << 41
 )
 
-func testClock() clock {
-	return clock{tsc: func() uint64 { return tscNow }, boot: func() uint64 { return bootNow }}
+func testClock() Clock {
+	return Clock{Ticks: func() uint64 { return tscNow }, Boot: func() uint64 { return bootNow }}
 }
 
 // openAt is what open holds for a row.
@@ -79,11 +77,11 @@ func aligned(b []byte) []byte {
 }
 
 func (im *image) snapshot(t *testing.T) *snapshot.Snapshot {
-	m, err := newMemory(im.bytes, testClock())
+	m, err := New(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := m.snapshot()
+	s, err := m.Snapshot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,13 +160,13 @@ func TestSnapshotAllRows(t *testing.T) {
 // Slots that get memory while the device is open appear.
 func TestSlotsBackedGrows(t *testing.T) {
 	im := example()
-	m, err := newMemory(im.bytes, testClock())
+	m, err := New(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, backed := range []uint32{0, 3, 4} {
 		im.header.SlotsBacked = backed
-		s, err := m.snapshot()
+		s, err := m.Snapshot()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -215,9 +213,9 @@ func TestBadMemory(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			im := example()
 			tt.spoil(im)
-			m, err := newMemory(im.bytes, testClock())
+			m, err := New(im.bytes, testClock())
 			if err == nil {
-				_, err = m.snapshot()
+				_, err = m.Snapshot()
 			}
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error is %v, want one with %q", err, tt.want)
@@ -272,7 +270,7 @@ func TestTimesPass(t *testing.T) {
 	now.Store(1000)
 	p := &im.slots[0]
 	*p = abi.Slot{State: abi.Live, NumRows: 1, TSC: 1000}
-	m, err := newMemory(im.bytes, clock{tsc: now.Load, boot: testClock().boot})
+	m, err := New(im.bytes, Clock{Ticks: now.Load, Boot: testClock().Boot})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -300,7 +298,7 @@ func TestTimesPass(t *testing.T) {
 	const copies = 2000
 	for range copies {
 		before := now.Load()
-		s, err := m.snapshot()
+		s, err := m.Snapshot()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -361,11 +359,11 @@ func TestRecent(t *testing.T) {
 			if tt.change != nil {
 				tt.change(im)
 			}
-			m, err := newMemory(im.bytes, testClock())
+			m, err := New(im.bytes, testClock())
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := m.readRecent(tt.id, tt.from)
+			got, err := m.Recent(tt.id, tt.from)
 			if !errors.Is(err, tt.err) {
 				t.Fatalf("error is %v, want %v", err, tt.err)
 			}
@@ -384,11 +382,11 @@ func TestRecentPresent(t *testing.T) {
 	im := newImage(1)
 	im.slots[0] = abi.Slot{State: abi.Live, HasRecent: 1, RecentHead: 1}
 	im.recent[0].Exits[0] = abi.Exit{TSC: tscNow + 2000, Cycles: abi.Present, Code: 0x72}
-	m, err := newMemory(im.bytes, testClock())
+	m, err := New(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := m.readRecent(snapshot.SlotID{}, 0)
+	got, err := m.Recent(snapshot.SlotID{}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -403,7 +401,7 @@ func TestRecentOverrun(t *testing.T) {
 	im := newImage(1)
 	p := &im.slots[0]
 	*p = abi.Slot{State: abi.Live, HasRecent: 1}
-	m, err := newMemory(im.bytes, testClock())
+	m, err := New(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -421,7 +419,7 @@ func TestRecentOverrun(t *testing.T) {
 	defer writer.Wait()
 	defer stop.Store(true)
 	for seen := 0; seen < 10_000; {
-		exits, err := m.readRecent(snapshot.SlotID{}, 0)
+		exits, err := m.Recent(snapshot.SlotID{}, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -439,20 +437,20 @@ func TestClock(t *testing.T) {
 	var tsc uint64
 	gaps := []uint64{900, 800, 10, 700}
 	pair := 0
-	c := clock{
-		tsc:  func() uint64 { return tsc },
-		boot: func() uint64 { tsc += gaps[pair]; pair++; return uint64(pair) },
+	c := Clock{
+		Ticks: func() uint64 { return tsc },
+		Boot:  func() uint64 { tsc += gaps[pair]; pair++; return uint64(pair) },
 	}
 	if got, want := c.now(), (moment{1705, 3}); got != want {
 		t.Errorf("now is %+v, want %+v", got, want)
 	}
-	m := moment{tsc: 10_000, boot: 5000}
+	m := moment{ticks: 10_000, boot: 5000}
 	for _, tt := range []struct{ tsc, want uint64 }{{10_000, 5000}, {8000, 4000}, {12_000, 6000}, {0, 0}} {
 		if got := m.bootTime(tt.tsc, 2_000_000_000); got != tt.want {
 			t.Errorf("cycle %d is at %d, want %d", tt.tsc, got, tt.want)
 		}
 	}
-	if got := (moment{tsc: 1 << 40, boot: 5}).bootTime(0, 1_000_000_000); got != 0 {
+	if got := (moment{ticks: 1 << 40, boot: 5}).bootTime(0, 1_000_000_000); got != 0 {
 		t.Errorf("before the boot: %d, want 0", got)
 	}
 }
@@ -462,9 +460,9 @@ func TestHostClock(t *testing.T) {
 	if runtime.GOARCH != "amd64" {
 		t.Skip("no TSC")
 	}
-	c := hostClock()
+	c := TSC()
 	a, b := c.now(), c.now()
-	if a.tsc == 0 || b.tsc <= a.tsc || a.boot == 0 || b.boot < a.boot {
+	if a.ticks == 0 || b.ticks <= a.ticks || a.boot == 0 || b.boot < a.boot {
 		t.Errorf("%+v, then %+v", a, b)
 	}
 }
@@ -473,7 +471,7 @@ func TestHostClock(t *testing.T) {
 // copy is always of one use, whose number all of its counters hold.
 func TestReuse(t *testing.T) {
 	im := newImage(1)
-	m, err := newMemory(im.bytes, testClock())
+	m, err := New(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -502,7 +500,7 @@ func TestReuse(t *testing.T) {
 	defer writer.Wait()
 	defer stop.Store(true)
 	for copies := 0; copies < 2000; {
-		s, err := m.snapshot()
+		s, err := m.Snapshot()
 		if err != nil {
 			// All attempts may fail here, where reuse never rests.
 			if strings.Contains(err.Error(), "reused at each of") {
@@ -554,13 +552,13 @@ func TestSharedHistograms(t *testing.T) {
 			im := example()
 			p := &im.slots[0]
 			p.Open = tt.before.Open
-			m, err := newMemory(im.bytes, testClock())
+			m, err := New(im.bytes, testClock())
 			if err != nil {
 				t.Fatal(err)
 			}
 			var hists [2]snapshot.Hist
 			for i := range hists {
-				s, err := m.snapshot()
+				s, err := m.Snapshot()
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -584,7 +582,7 @@ func TestRest(t *testing.T) {
 	p := &im.slots[0]
 	const rows = 3
 	*p = abi.Slot{State: abi.Live, NumRows: rows, ISA: abi.ISASVM, Level: abi.LevelTime}
-	m, err := newMemory(im.bytes, testClock())
+	m, err := New(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -627,7 +625,7 @@ func TestRest(t *testing.T) {
 	for rest := range 3000 {
 		begin <- rest % 7 * (1 + rest%3*50)
 		for resting := false; !resting; {
-			if _, err := m.snapshot(); err != nil {
+			if _, err := m.Snapshot(); err != nil {
 				t.Fatal(err)
 			}
 			select {
@@ -635,7 +633,7 @@ func TestRest(t *testing.T) {
 			default:
 			}
 		}
-		got, err := m.snapshot()
+		got, err := m.Snapshot()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -653,7 +651,7 @@ func TestForeignRelease(t *testing.T) {
 		im.slots[i] = abi.Slot{State: abi.Retired, NumRows: 1}
 		im.slots[i].Rows[0].Count = 1000
 	}
-	m, err := newMemory(im.bytes, testClock())
+	m, err := New(im.bytes, testClock())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -673,54 +671,12 @@ func TestForeignRelease(t *testing.T) {
 	})
 	defer writer.Wait()
 	for s := (&snapshot.Snapshot{}); s.Released < total; {
-		if s, err = m.snapshot(); err != nil {
+		if s, err = m.Snapshot(); err != nil {
 			t.Fatal(err)
 		}
 		if n := s.Exits(); n != total {
 			t.Fatalf("%d exits after the release of %d, want %d", n, s.Released/1000, total)
 		}
-	}
-}
-
-func TestMapDevice(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "virtexit")
-	write := func(im *image) {
-		if err := os.WriteFile(file, im.bytes, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, _, err := mapDevice(file); !errors.Is(err, source.ErrUnavailable) || !strings.Contains(err.Error(), file) {
-		t.Errorf("no device: error is %v, want %v that names it", err, source.ErrUnavailable)
-	}
-
-	im := example()
-	im.header.ABI = 2
-	write(im)
-	if _, _, err := mapDevice(file); err == nil || errors.Is(err, source.ErrUnavailable) {
-		t.Errorf("another abi: error is %v, want one that is not %v", err, source.ErrUnavailable)
-	}
-
-	write(example())
-	mapping, m, err := mapDevice(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m.clock = testClock()
-	s := &Source{mapping: mapping, memory: m, events: make(chan source.Event), done: make(chan struct{})}
-	got, err := s.Snapshot()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(exampleSnapshot(), got); diff != "" {
-		t.Errorf("snapshot (-want +got):\n%s", diff)
-	}
-	for range 2 {
-		if err := s.Close(); err != nil {
-			t.Errorf("close: %v", err)
-		}
-	}
-	if _, err := s.Snapshot(); !errors.Is(err, os.ErrClosed) {
-		t.Errorf("snapshot after close: error is %v, want %v", err, os.ErrClosed)
 	}
 }
 
@@ -738,11 +694,11 @@ func FuzzMemory(f *testing.F) {
 			binary.NativeEndian.PutUint32(mem[unsafe.Offsetof(abi.Header{}.SlotSize):], uint32(slotSize))
 			binary.NativeEndian.PutUint32(mem[unsafe.Offsetof(abi.Header{}.RecentSize):], uint32(recentSize))
 		}
-		m, err := newMemory(mem, testClock())
+		m, err := New(mem, testClock())
 		if err != nil {
 			return
 		}
-		s, err := m.snapshot()
+		s, err := m.Snapshot()
 		if err != nil {
 			return
 		}
@@ -750,7 +706,7 @@ func FuzzMemory(f *testing.F) {
 			if s.Slots[i].ID.Index >= m.header.SlotsBacked {
 				t.Errorf("slot %d has no memory", s.Slots[i].ID.Index)
 			}
-			exits, err := m.readRecent(s.Slots[i].ID, 0)
+			exits, err := m.Recent(s.Slots[i].ID, 0)
 			if err != nil || len(exits) > abi.NumRecent {
 				t.Errorf("slot %d: %d recent exits, %v", s.Slots[i].ID.Index, len(exits), err)
 			}
@@ -763,13 +719,13 @@ func BenchmarkSnapshot(b *testing.B) {
 	for i := range im.slots {
 		im.slots[i].State, im.slots[i].NumRows = abi.Live, 10
 	}
-	m, err := newMemory(im.bytes, hostClock())
+	m, err := New(im.bytes, TSC())
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := m.snapshot(); err != nil {
+		if _, err := m.Snapshot(); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package kmod
+package slots
 
 import (
 	"context"
@@ -45,7 +45,7 @@ const (
 // manyGuests is a kernel that counts the exits of many vCPUs.
 type manyGuests struct {
 	*image
-	memory *memory
+	memory *Memory
 	tsc    atomic.Uint64
 	total  uint64 // exits
 }
@@ -61,7 +61,7 @@ func newManyGuests(tb testing.TB, vcpus int) *manyGuests {
 		return mem
 	})
 	tb.Cleanup(func() { unix.Munmap(g.bytes) })
-	g.memory, err = newMemory(g.bytes, clock{tsc: g.tsc.Load, boot: g.boot})
+	g.memory, err = New(g.bytes, Clock{Ticks: g.tsc.Load, Boot: g.boot})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -120,7 +120,7 @@ func (s *theirs) Info() (source.Info, error) {
 func (s *theirs) SetLevel(snapshot.Level) error                           { return nil }
 func (s *theirs) SetProcessLevel(snapshot.Process, *snapshot.Level) error { return nil }
 func (s *theirs) Recent(snapshot.SlotID, uint64) ([]snapshot.Exit, error) { return nil, nil }
-func (s *theirs) Snapshot() (*snapshot.Snapshot, error)                   { return s.guests.memory.snapshot() }
+func (s *theirs) Snapshot() (*snapshot.Snapshot, error)                   { return s.guests.memory.Snapshot() }
 func (s *theirs) Release([]snapshot.SlotID) error                         { return errors.New("none is retired") }
 func (s *theirs) Events() <-chan source.Event                             { return s.events }
 func (s *theirs) Close() error                                            { return nil }

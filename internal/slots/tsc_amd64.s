@@ -2,11 +2,11 @@
 
 #include "textflag.h"
 
-// func readTSC() uint64
+// func ReadTSC() uint64
 //
 // Fenced on both sides: RDTSC alone may run ahead of loads before it, and loads
 // behind it ahead of it.
-TEXT ·readTSC(SB), NOSPLIT, $0-8
+TEXT ·ReadTSC(SB), NOSPLIT, $0-8
 	LFENCE
 	RDTSC
 	LFENCE

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package kmod
+package slots
 
 import (
 	"bytes"
@@ -37,14 +37,14 @@ const attempts = 100
 // whose times may be off by one stretch.
 const tries = 4
 
-// memory is the device's mapping. The kernel writes it while it is read, so
+// Memory is a mapping of counters. The kernel writes it while it is read, so
 // whatever changes is loaded by atomic operations.
-type memory struct {
+type Memory struct {
 	header *abi.Header
 	cpus   []abi.CPU
 	slots  []abi.Slot   // those not backed must not be touched
 	recent []abi.Recent // of each slot; without has_recent it must not be touched
-	clock  clock
+	clock  Clock
 	last   []copied // of each slot that has been read
 	rows   int      // of the latest snapshot, in all
 }
@@ -56,8 +56,8 @@ type copied struct {
 	open       int            // the one that may, as its exit is in progress; -1: none
 }
 
-// mappingSize checks a header and tells how long the whole mapping is.
-func mappingSize(page []byte) (int, error) {
+// Size checks a header and tells how long the whole mapping is.
+func Size(page []byte) (int, error) {
 	if len(page) < headerSize {
 		return 0, fmt.Errorf("%d bytes, want a header of %d", len(page), headerSize)
 	}
@@ -89,13 +89,13 @@ func mappingSize(page []byte) (int, error) {
 }
 
 func abiError(got uint32) error {
-	return fmt.Errorf("the module's abi is %d, this program's is %d", got, abi.ABI)
+	return fmt.Errorf("the abi is %d, this program's is %d", got, abi.ABI)
 }
 
-// newMemory checks the mapping's header and finds its parts. mem must stay as
+// New checks the mapping's header and finds its parts. mem must stay as
 // long as the result is used.
-func newMemory(mem []byte, clock clock) (*memory, error) {
-	size, err := mappingSize(mem)
+func New(mem []byte, clock Clock) (*Memory, error) {
+	size, err := Size(mem)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +104,7 @@ func newMemory(mem []byte, clock clock) (*memory, error) {
 	}
 	base := unsafe.Pointer(&mem[0])
 	h := (*abi.Header)(base)
-	return &memory{
+	return &Memory{
 		header: h,
 		cpus:   unsafe.Slice((*abi.CPU)(unsafe.Add(base, h.CPUOffset)), h.NumCPUs),
 		slots:  unsafe.Slice((*abi.Slot)(unsafe.Add(base, h.SlotOffset)), h.NumSlots),
@@ -113,13 +113,13 @@ func newMemory(mem []byte, clock clock) (*memory, error) {
 	}, nil
 }
 
-// cost is, in cycles, what the hook takes at an exit and at an entry.
-func (m *memory) cost() (exit, entry int) {
+// Cost is, in cycles, what the hook takes at an exit and at an entry.
+func (m *Memory) Cost() (exit, entry int) {
 	return int(atomic.LoadUint32(&m.header.ExitCost)), int(atomic.LoadUint32(&m.header.EntryCost))
 }
 
-// snapshot reads everything.
-func (m *memory) snapshot() (*snapshot.Snapshot, error) {
+// Snapshot reads everything.
+func (m *Memory) Snapshot() (*snapshot.Snapshot, error) {
 	// A release in between would have its counts appear twice, in the slot and
 	// in the header's sum, or not at all.
 	for range attempts {
@@ -139,16 +139,16 @@ func (m *memory) snapshot() (*snapshot.Snapshot, error) {
 	return nil, fmt.Errorf("slots were released at each of %d attempts to read", attempts)
 }
 
-func (m *memory) tickHz() uint64 { return uint64(m.header.TSCKHz) * 1000 }
+func (m *Memory) tickHz() uint64 { return uint64(m.header.TSCKHz) * 1000 }
 
-func (m *memory) readAll() (*snapshot.Snapshot, error) {
+func (m *Memory) readAll() (*snapshot.Snapshot, error) {
 	s := &snapshot.Snapshot{
 		TickHz:   m.tickHz(),
 		Loaded:   atomic.LoadUint64(&m.header.Loaded),
 		Counted:  atomic.LoadUint64(&m.header.Counted),
 		Released: atomic.LoadUint64(&m.header.Released),
 	}
-	if since, now := atomic.LoadUint64(&m.header.CountedSince), m.clock.boot(); since != 0 && now > since {
+	if since, now := atomic.LoadUint64(&m.header.CountedSince), m.clock.Boot(); since != 0 && now > since {
 		s.Counted += now - since
 	}
 	backed, err := m.backed()
@@ -186,7 +186,7 @@ func (m *memory) readAll() (*snapshot.Snapshot, error) {
 }
 
 // backed are the slots that have memory.
-func (m *memory) backed() ([]abi.Slot, error) {
+func (m *Memory) backed() ([]abi.Slot, error) {
 	n := int(atomic.LoadUint32(&m.header.SlotsBacked))
 	if n > len(m.slots) {
 		return nil, fmt.Errorf("%d slots have memory, of %d", n, len(m.slots))
@@ -196,7 +196,7 @@ func (m *memory) backed() ([]abi.Slot, error) {
 
 // readSlot copies one use of a slot, all but its index, to s. A slot that is
 // free is not used. last is what the latest copy left, and then what this one does.
-func (m *memory) readSlot(p *abi.Slot, s *snapshot.Slot, last *copied) (used bool, err error) {
+func (m *Memory) readSlot(p *abi.Slot, s *snapshot.Slot, last *copied) (used bool, err error) {
 	for range attempts {
 		generation := atomic.LoadUint32(&p.Generation)
 		state := atomic.LoadUint32(&p.State)
@@ -229,11 +229,11 @@ func (m *memory) readSlot(p *abi.Slot, s *snapshot.Slot, last *copied) (used boo
 	return false, fmt.Errorf("it was reused at each of %d attempts to read", attempts)
 }
 
-func (m *memory) copySlot(p *abi.Slot, s *snapshot.Slot, last copied) (copied, error) {
+func (m *Memory) copySlot(p *abi.Slot, s *snapshot.Slot, last copied) (copied, error) {
 	for range tries {
 		// First of all: what has begun later began after now, and no stretch
 		// is longer than it will have been when it ends.
-		now := m.clock.tsc()
+		now := m.clock.Ticks()
 		present := readStretch(p)
 		if err := copyCounters(p, s, last); err != nil {
 			return copied{}, err
@@ -384,9 +384,9 @@ func (at stretch) add(s *snapshot.Slot, now uint64) {
 	}
 }
 
-// readRecent copies what the ring of one use of a slot holds, latest first,
+// Recent copies what the ring of one use of a slot holds, latest first,
 // down to number from.
-func (m *memory) readRecent(id snapshot.SlotID, from uint64) ([]snapshot.Exit, error) {
+func (m *Memory) Recent(id snapshot.SlotID, from uint64) ([]snapshot.Exit, error) {
 	backed, err := m.backed()
 	if err != nil {
 		return nil, err
