@@ -6,7 +6,7 @@
 #	make bench-cost	what watching an exit costs, virtexit and others; build/bench-cost.json
 #	make lab	a root shell in that machine
 #	make build	bin/virtexitd, bin/virtexit; build/completion, for shells
-#	make generate	what is generated and kept: internal/abi, docs/man
+#	make generate	what is generated and kept: internal/abi, BPF programs, docs/man
 #	make kmod	build/kmod/$(KVER)/virtexit.ko
 #	make kmods	the same for every kernel that Debian 12 offers, with every warning
 #	make kvm-patch	build/kvm-patch/$(KVER)/: KVM with an exit hook, see kvm-patch/README.md
@@ -24,10 +24,11 @@ TAGS    := libvirt_dlopen
 # What a fresh Debian 12 with Go and gcc lacks.
 PACKAGES_build := libc6-dev pkg-config libvirt-dev
 PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
+PACKAGES_bpf   := clang-14 llvm-14 libbpf-dev
 PACKAGES_docs  := man-db groff-base mandoc bash-completion zsh fish
 PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
-	bsdutils procps iproute2 sparse python3 prometheus mmdebstrap $(PACKAGES_docs)
+	bsdutils procps iproute2 sparse python3 prometheus mmdebstrap $(PACKAGES_docs) $(PACKAGES_bpf)
 PACKAGES_debug := flex bison bc libelf-dev
 
 LAB := build/lab/bin/lab
@@ -200,8 +201,8 @@ staged: build
 		$(MAKE) -s --no-print-directory install-$$p DESTDIR=$(CURDIR)/$(OUT)/staged/$$p PREFIX=/usr; \
 		configs/packages/stage $(OUT)/staged/$$p $$p $(VERSION) "$(MAINTAINER)"; done
 
-generate:
-	$(GO) generate ./internal/abi
+generate: packages-bpf
+	$(GO) generate ./internal/abi ./internal/source/ebpf
 	$(GO) test -tags $(TAGS) -count 1 -run '^TestMan$$' ./cmd/virtexit ./cmd/virtexitd -update
 
 # Installs what is missing; lists of packages older than a day are renewed, since old kernels vanish from the archive.

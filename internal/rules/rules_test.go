@@ -41,6 +41,7 @@ var arrows = map[string][]string{
 	"internal/slots":             {"internal/abi", "internal/exitreason", "internal/snapshot", "internal/source"},
 	"internal/snapshot":          {"internal/exitreason"},
 	"internal/source":            {"internal/exitreason", "internal/snapshot"},
+	"internal/source/ebpf":       {"internal/abi", "internal/exitreason", "internal/slots", "internal/snapshot", "internal/source"},
 	"internal/source/kmod":       {"internal/abi", "internal/exitreason", "internal/slots", "internal/snapshot", "internal/source"},
 	"internal/source/replay":     {"internal/exitreason", "internal/snapshot", "internal/source"},
 	"internal/source/sourcetest": {"internal/exitreason", "internal/snapshot", "internal/source"},
@@ -116,13 +117,14 @@ var licences = []struct{ folder, licence string }{
 	{"kmod/uapi/", "GPL-2.0-only WITH Linux-syscall-note"},
 	{"kmod/", "GPL-2.0-only"},
 	{"kvm-patch/", "GPL-2.0-only"},
+	{"internal/source/ebpf/bpf/", "GPL-2.0-only"},
 	{"kvm-patch/", "GPL-2.0-only"},
 	{"", "Apache-2.0"},
 }
 
-// unmarked matches files that carry no licence of their own: data, and formats
-// without comments.
-var unmarked = regexp.MustCompile(`(^|/)testdata/|^LICENSES/|\.(md|json|patch)$|^go\.mod$|\.sum$|^\.gitignore$`)
+// unmarked matches files that carry no licence of their own: data, what bpf2go
+// makes, and formats without comments.
+var unmarked = regexp.MustCompile(`(^|/)testdata/|_bpfel\.(go|o)$|^LICENSES/|\.(md|json|patch)$|^go\.mod$|\.sum$|^\.gitignore$`)
 
 var licenceTag = regexp.MustCompile(`^\W*SPDX-License-Identifier: (.*?)(\W*\*/)?$`)
 

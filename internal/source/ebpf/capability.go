@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ebpf
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"virtexit/internal/source"
+)
+
+// The bits of what a process must be capable of, or of sysAdmin, which has all.
+var capabilities = []struct {
+	name string
+	bit  uint
+}{{"CAP_BPF", 39}, {"CAP_PERFMON", 38}}
+
+const sysAdmin = 21
+
+// able tells what this process or the kernel lacks to run programs that trace the
+// kernel; the error is source.ErrUnavailable. The files are below root.
+func able(root string) error {
+	var missing []string
+	effective, err := effectiveCapabilities(filepath.Join(root, "proc/self/status"))
+	if err != nil {
+		return err
+	}
+	if effective&(1<<sysAdmin) == 0 {
+		for _, c := range capabilities {
+			if effective&(1<<c.bit) == 0 {
+				missing = append(missing, c.name)
+			}
+		}
+	}
+	lockdown, err := os.ReadFile(filepath.Join(root, "sys/kernel/security/lockdown"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, os.ErrPermission) {
+		return err
+	}
+	switch _, err := os.Stat(filepath.Join(root, "sys/kernel/btf/vmlinux")); {
+	case strings.Contains(string(lockdown), "[confidentiality]"):
+		return fmt.Errorf("%w: the kernel is locked down for confidentiality, so that BPF may not read its memory", source.ErrUnavailable)
+	case err != nil:
+		return fmt.Errorf("%w: the kernel does not describe its types (CONFIG_DEBUG_INFO_BTF): %w", source.ErrUnavailable, err)
+	case missing != nil:
+		return fmt.Errorf("%w: needs %s: %w", source.ErrUnavailable, strings.Join(missing, " and "), os.ErrPermission)
+	}
+	return nil
+}
+
+func effectiveCapabilities(status string) (uint64, error) {
+	text, err := os.ReadFile(status)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			n, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
+			if err != nil {
+				return 0, fmt.Errorf("%s: %w", status, err)
+			}
+			return n, nil
+		}
+	}
+	return 0, fmt.Errorf("%s: no CapEff", status)
+}

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ebpf
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"virtexit/internal/source"
+)
+
+// TestGenerated holds that the programs in the repository are those of the source.
+func TestGenerated(t *testing.T) {
+	for _, tool := range []string{"clang-14", "llvm-strip-14"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("%v: apt-get install clang-14 llvm-14 libbpf-dev", err)
+		}
+	}
+	files := []string{"collector_bpfel.go", "collector_bpfel.o"}
+	kept := make(map[string][]byte)
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept[f] = text
+	}
+	dir := t.TempDir()
+	// The very command of generate.go, with another folder for what it writes.
+	text, err := os.ReadFile("generate.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, command, ok := strings.Cut(string(text), "//go:generate go tool bpf2go ")
+	if !ok {
+		t.Fatal("generate.go does not call bpf2go")
+	}
+	cmd := exec.Command("sh", "-c", "exec go tool bpf2go -output-dir "+dir+" "+command)
+	cmd.Env = append(os.Environ(), "GOPACKAGE=ebpf", "GOFILE=generate.go")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, f := range files {
+		made, err := os.ReadFile(filepath.Join(dir, f))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(made, kept[f]) {
+			t.Errorf("%s is stale: go generate ./internal/source/ebpf", f)
+		}
+	}
+}
+
+func TestAble(t *testing.T) {
+	const all, bpf, perfmon = "000001ffffffffff", "0000008000000000", "0000004000000000"
+	tests := []struct {
+		name       string
+		caps       string
+		lockdown   string // empty: the kernel has none
+		btf        bool
+		text       string // of the error; empty: none
+		permission bool
+	}{
+		{"root", all, "", true, "", false},
+		{"both", "000000c000000000", "none integrity confidentiality", true, "", false},
+		{"sysadmin", "0000000000200000", "", true, "", false},
+		{"integrity", all, "none [integrity] confidentiality", true, "", false},
+		{"confidentiality", all, "none integrity [confidentiality]", true, "locked down for confidentiality", false},
+		{"no types", all, "", false, "CONFIG_DEBUG_INFO_BTF", false},
+		{"bpf alone", bpf, "", true, "needs CAP_PERFMON:", true},
+		{"perfmon alone", perfmon, "", true, "needs CAP_BPF:", true},
+		{"nobody", "0000000000000000", "", true, "needs CAP_BPF and CAP_PERFMON:", true},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			root := t.TempDir()
+			write := func(path, text string) {
+				t.Helper()
+				path = filepath.Join(root, path)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o644)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			write("proc/self/status", "Name:\tvirtexitd\nCapEff:\t"+tt.caps+"\nCapBnd:\t0\n")
+			if tt.lockdown != "" {
+				write("sys/kernel/security/lockdown", tt.lockdown+"\n")
+			}
+			if tt.btf {
+				write("sys/kernel/btf/vmlinux", "")
+			}
+			err := able(root)
+			switch {
+			case tt.text == "" && err != nil:
+				t.Error(err)
+			case tt.text != "" && (err == nil || !strings.Contains(err.Error(), tt.text)):
+				t.Errorf("error is %v, want one with %q", err, tt.text)
+			case tt.text != "" && !errors.Is(err, source.ErrUnavailable):
+				t.Errorf("error is %v, want %v", err, source.ErrUnavailable)
+			case tt.permission != errors.Is(err, os.ErrPermission):
+				t.Errorf("error is %v: of permission: %t, want %t", err, !tt.permission, tt.permission)
+			}
+		})
+	}
+}

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ebpf
+
+import (
+	"time"
+
+	"virtexit/internal/slots"
+)
+
+// relation is how the TSC and the programs' clock go together. An exit that is
+// told of late has left the TSC at which it occurred.
+type relation struct {
+	tsc, ns uint64 // a while ago
+	age     int    // in ticks
+	turn    uint32 // which of the programs' two is in force
+}
+
+const (
+	window = 16 // ticks over which the rate is taken
+	shift  = 28 // of the rate
+)
+
+func (c *Collector) pair() (tsc, ns uint64) { return slots.Pair(slots.ReadTSC, c.clock.Ticks) }
+
+// relate tells the programs the relation.
+func (c *Collector) relate() error {
+	r := &c.relation
+	if r.tsc == 0 {
+		r.tsc, r.ns = c.pair()
+		time.Sleep(20 * time.Millisecond)
+	}
+	tsc, ns := c.pair()
+	if tsc <= r.tsc || ns <= r.ns {
+		c.relation = relation{turn: r.turn}
+		return nil // no TSC to speak of, or it began anew
+	}
+	at := collectorVxTsc{Tsc: tsc, Ns: ns, Mult: uint64(float64(ns-r.ns) / float64(tsc-r.tsc) * (1 << shift))}
+	r.turn = 1 - r.turn
+	var both [2]collectorVxTsc
+	v := c.programs.Variables[collectorVarVxTscs]
+	if err := v.Get(&both); err != nil {
+		return err
+	}
+	both[r.turn] = at
+	if err := v.Set(&both); err != nil {
+		return err
+	}
+	if r.age++; r.age >= window {
+		r.tsc, r.ns, r.age = tsc, ns, 0
+	}
+	return c.set(collectorVarVxTscNow, r.turn)
+}
