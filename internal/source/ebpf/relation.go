@@ -3,6 +3,7 @@
 package ebpf
 
 import (
+	"math"
 	"time"
 
 	"virtexit/internal/slots"
@@ -11,9 +12,10 @@ import (
 // relation is how the TSC and the programs' clock go together. An exit that is
 // told of late has left the TSC at which it occurred.
 type relation struct {
-	tsc, ns uint64 // a while ago
-	age     int    // in ticks
-	turn    uint32 // which of the programs' two is in force
+	tsc, ns uint64  // a while ago
+	age     int     // in ticks
+	turn    uint32  // which of the programs' two is in force
+	rate    float64 // nanoseconds per cycle
 }
 
 const (
@@ -35,7 +37,8 @@ func (c *Collector) relate() error {
 		c.relation = relation{turn: r.turn}
 		return nil // no TSC to speak of, or it began anew
 	}
-	at := collectorVxTsc{Tsc: tsc, Ns: ns, Mult: uint64(float64(ns-r.ns) / float64(tsc-r.tsc) * (1 << shift))}
+	r.rate = float64(ns-r.ns) / float64(tsc-r.tsc)
+	at := collectorVxTsc{Tsc: tsc, Ns: ns, Mult: uint64(r.rate * (1 << shift))}
 	r.turn = 1 - r.turn
 	var both [2]collectorVxTsc
 	v := c.programs.Variables[collectorVarVxTscs]
@@ -50,4 +53,12 @@ func (c *Collector) relate() error {
 		r.tsc, r.ns, r.age = tsc, ns, 0
 	}
 	return c.set(collectorVarVxTscNow, r.turn)
+}
+
+// cycles converts a variable in nanoseconds, 0 when the rate is not known.
+func (c *Collector) cycles(name string) int {
+	if c.relation.rate == 0 {
+		return 0
+	}
+	return int(math.Ceil(float64(c.get(name)) / c.relation.rate))
 }

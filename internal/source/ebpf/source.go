@@ -45,7 +45,7 @@ func (s *Source) Info() (source.Info, error) {
 		Collector: "ebpf", Version: c.options.Version, Hook: "none",
 		Level: c.now.level, ISA: c.now.isa, KVM: found.kvm != 0, Refused: c.now.refused,
 		SlotsMax: len(c.region.slots), SlotsBacked: c.backed(),
-		ExitCost: int(c.get(collectorVarVxExitCost)), EntryCost: int(c.get(collectorVarVxEntryCost)),
+		ExitCost: c.cycles(collectorVarVxExitCost), EntryCost: c.cycles(collectorVarVxEntryCost),
 	}
 	if c.attached >= snapshot.Count {
 		i.Hook = "tracepoint"

@@ -13,6 +13,7 @@ import (
 
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
+	"virtexit/internal/source/ebpf"
 	"virtexit/internal/source/kmod"
 )
 
@@ -36,6 +37,7 @@ const (
 	Nothing      = "nothing"
 	NothingAgain = "nothing, again"
 	Virtexit     = "virtexit"
+	VirtexitBPF  = "virtexit, eBPF" // where no module may be loaded
 )
 
 // observer watches exits from start to stop, which tells how many it has counted.
@@ -95,6 +97,11 @@ func (b *bench) run(hook string, peers bool) (err error) {
 	if err := b.virtexit(m, hook); err != nil {
 		return err
 	}
+	if hook == "tracepoint" {
+		if err := b.bpf(m, hook); err != nil {
+			return err
+		}
+	}
 	var others []observer
 	if peers {
 		others = allPeers()
@@ -116,8 +123,27 @@ func (b *bench) virtexit(m *Meter, hook string) (err error) {
 	if err := b.measure(m, hook, none(Virtexit, snapshot.Off.String())); err != nil {
 		return err
 	}
-	for _, l := range []snapshot.Level{snapshot.Pause, snapshot.Count, snapshot.Time, snapshot.Recent} {
-		if err := b.measure(m, hook, level(hook, l)); err != nil {
+	for _, l := range levels {
+		o := level(Virtexit, hook, l, func() (source.Source, error) { return kmod.Open() })
+		if err := b.measure(m, hook, o); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+var levels = []snapshot.Level{snapshot.Pause, snapshot.Count, snapshot.Time, snapshot.Recent}
+
+// bpf measures the eBPF collector.
+func (b *bench) bpf(m *Meter, hook string) (err error) {
+	c, err := ebpf.New(ebpf.Options{Slots: 64})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, c.Close()) }()
+	for _, l := range levels {
+		o := level(VirtexitBPF, hook, l, func() (source.Source, error) { return c.Open() })
+		if err := b.measure(m, hook, o); err != nil {
 			return err
 		}
 	}
@@ -163,11 +189,11 @@ func (b *bench) measure(m *Meter, hook string, o observer) (err error) {
 	return nil
 }
 
-// level is virtexit.ko, loaded, at a level.
-func level(hook string, level snapshot.Level) observer {
+// level is a collector of virtexit's at a level.
+func level(name, hook string, level snapshot.Level, open func() (source.Source, error)) observer {
 	idle := level == snapshot.Pause
 	start := func(tid int) (func() (int, error), error) {
-		s, err := kmod.Open()
+		s, err := open()
 		if err != nil {
 			return nil, err
 		}
@@ -187,7 +213,7 @@ func level(hook string, level snapshot.Level) observer {
 			return after - before, errors.Join(err, s.Close())
 		}, nil
 	}
-	return observer{Virtexit, level.String(), idle, start}
+	return observer{name, level.String(), idle, start}
 }
 
 // exits of a thread.

@@ -403,10 +403,9 @@ static __always_inline void time_end(struct virtexit_slot *pub, u64 now)
 	pub->open = 0;
 }
 
-__noinline int time_enter(u32 slot, u64 vcpu)
+__noinline int time_enter(u32 slot, u64 vcpu, u64 now)
 {
 	struct virtexit_slot *pub = slot_at(slot);
-	u64 now = bpf_ktime_get_ns();
 	struct virtexit_row *row;
 	struct vx_own *own;
 
@@ -458,9 +457,8 @@ static __always_inline u64 occurred(u64 vcpu)
 }
 
 static __always_inline void stamp(struct virtexit_slot *pub, u32 offset,
-				  u64 vcpu)
+				  u64 vcpu, u64 now)
 {
-	u64 now = bpf_ktime_get_ns();
 	u64 from = pub->tsc;
 	s64 ns = now - from;
 
@@ -727,7 +725,14 @@ static __always_inline bool fast(const struct vx_own *own, u64 vcpu)
 		      own->vcpu == vcpu && !(own->look | own->slow));
 }
 
-static __always_inline void count(struct virtexit_slot *pub, u64 vcpu, u32 code)
+/* Before anything else that takes time. */
+static __always_inline u64 exit_time(void)
+{
+	return vx_timed ? bpf_ktime_get_ns() : 0;
+}
+
+static __always_inline void count(struct virtexit_slot *pub, u64 vcpu, u32 code,
+				  u64 now)
 {
 	u32 i = pub->index[(u8)code];
 	struct virtexit_row *row = row_at(pub, i);
@@ -739,8 +744,8 @@ static __always_inline void count(struct virtexit_slot *pub, u64 vcpu, u32 code)
 			return;
 	}
 	row->count++;
-	if (own_of(pub)->level >= VIRTEXIT_LEVEL_TIME && vx_timed)
-		stamp(pub, row_offset(i), vcpu);
+	if (own_of(pub)->level >= VIRTEXIT_LEVEL_TIME && now)
+		stamp(pub, row_offset(i), vcpu, now);
 }
 
 static __always_inline void log_exit(struct virtexit_slot *pub, u64 vcpu,
@@ -777,7 +782,7 @@ static __always_inline void least(volatile u32 *cost, u64 start, u64 begin,
 		*cost = ns;
 }
 
-__noinline int exit_slow(u64 vcpu, u32 isa, u32 given)
+__noinline int exit_slow(u64 vcpu, u32 isa, u32 given, u64 now)
 {
 	u32 code, slot = find(vcpu);
 	struct virtexit_slot *pub;
@@ -817,7 +822,8 @@ __noinline int exit_slow(u64 vcpu, u32 isa, u32 given)
 		}
 		start = bpf_ktime_get_ns();
 		begin = bpf_ktime_get_ns();
-		count(pub, vcpu, reason(vcpu, given));
+		exit_time();
+		count(pub, vcpu, reason(vcpu, given), now);
 		end = bpf_ktime_get_ns();
 		least(&vx_exit_cost, start, begin, end);
 		if (!own->measure || !--own->measure)
@@ -825,20 +831,21 @@ __noinline int exit_slow(u64 vcpu, u32 isa, u32 given)
 		return 0;
 	}
 	code = reason(vcpu, given);
-	count(pub, vcpu, code);
-	if (own->level == VIRTEXIT_LEVEL_RECENT && vx_timed)
+	count(pub, vcpu, code, now);
+	if (own->level == VIRTEXIT_LEVEL_RECENT && now)
 		log_exit(pub, vcpu, code);
 	return 0;
 }
 
 static __always_inline int exit(u64 vcpu, u32 isa, u32 given)
 {
+	u64 now = exit_time();
 	struct virtexit_slot *pub = slot_at(*cache());
 
 	if (pub && fast(own_of(pub), vcpu))
-		count(pub, vcpu, reason(vcpu, given));
+		count(pub, vcpu, reason(vcpu, given), now);
 	else
-		exit_slow(vcpu, isa, given);
+		exit_slow(vcpu, isa, given, now);
 	return 0;
 }
 
@@ -857,18 +864,17 @@ int kvm_exit_given(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* After an exit that KVM handled at once; or false, and nothing is done. */
-static __always_inline bool enter(struct virtexit_slot *pub)
+static __always_inline bool enter(struct virtexit_slot *pub, u64 now)
 {
 	struct vx_own *own = own_of(pub);
 	struct virtexit_row *row;
-	u64 now, ns;
+	u64 ns;
 
 	if (!pub->open || own->switches != switches())
 		return 0;
 	row = row_at(pub, row_index(pub->open));
 	if (!row)
 		return 0;
-	now = bpf_ktime_get_ns();
 	ns = now - pub->tsc;
 	if ((s64)ns < 0)
 		ns = 0;
@@ -881,7 +887,7 @@ static __always_inline bool enter(struct virtexit_slot *pub)
 	return 1;
 }
 
-__noinline int entry_slow(u64 vcpu)
+__noinline int entry_slow(u64 vcpu, u64 now)
 {
 	u32 slot = find(vcpu);
 	struct virtexit_slot *pub;
@@ -902,25 +908,27 @@ __noinline int entry_slow(u64 vcpu)
 					      arch.last_guest_tsc);
 		start = bpf_ktime_get_ns();
 		begin = bpf_ktime_get_ns();
-		if (enter(pub)) {
+		bpf_ktime_get_ns();
+		if (enter(pub, now)) {
 			end = bpf_ktime_get_ns();
 			least(&vx_entry_cost, start, begin, end);
 			return 0;
 		}
 	}
-	time_enter(own->index, vcpu);
+	time_enter(own->index, vcpu, now);
 	return 0;
 }
 
 SEC("raw_tp")
 int kvm_entry(struct bpf_raw_tracepoint_args *ctx)
 {
+	u64 now = bpf_ktime_get_ns();
 	struct virtexit_slot *pub = slot_at(*cache());
 	u64 vcpu = ctx->args[0];
 
-	if (pub && fast(own_of(pub), vcpu) && enter(pub))
+	if (pub && fast(own_of(pub), vcpu) && enter(pub, now))
 		return 0;
-	entry_slow(vcpu);
+	entry_slow(vcpu, now);
 	return 0;
 }
 
@@ -928,17 +936,16 @@ int kvm_entry(struct bpf_raw_tracepoint_args *ctx)
 SEC("raw_tp")
 int kvm_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 {
+	u64 now = bpf_ktime_get_ns();
 	u32 why = ctx->args[0], slot = find_last(1);
 	struct virtexit_slot *pub;
 	int error = ctx->args[1];
-	u64 now;
 
 	if (!slot)
 		return 0;
 	pub = slot_at(slot - 1);
 	if (!pub || !pub->open)
 		return 0;
-	now = bpf_ktime_get_ns();
 	close(own_of(pub)->index, now - pub->tsc, 0, 0);
 	stretch_from(pub, now);
 	if ((error < 0 && why != KVM_EXIT_MEMORY_FAULT) || why == KVM_EXIT_INTR)
@@ -959,8 +966,8 @@ static __always_inline u64 since(u64 now, u64 then)
 SEC("raw_tp")
 int kvm_vcpu_wakeup(struct bpf_raw_tracepoint_args *ctx)
 {
+	u64 poll_ns, halt_ns, now = bpf_ktime_get_ns();
 	struct virtexit_slot *pub;
-	u64 now, poll_ns, halt_ns;
 	u32 slot = find_last(0);
 	struct vx_own *own;
 
@@ -973,7 +980,6 @@ int kvm_vcpu_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	poll_ns = poll_time(own->vcpu);
 	halt_ns = halt_time(own->vcpu);
 	if (pub->open) {
-		now = bpf_ktime_get_ns();
 		close(own->index, now - pub->tsc, since(poll_ns, own->poll_ns),
 		      since(halt_ns, own->halt_ns));
 		stretch_from(pub, now);
