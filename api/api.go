@@ -25,7 +25,8 @@ type Status struct {
 	Version    string  `json:"version"`           // of the daemon
 	Collection string  `json:"collection"`        // "on", "off"
 	Level      string  `json:"level"`             // in force: "off", "pause", "count", "time", "recent"; some domains may have one of their own
-	Collector  *string `json:"collector"`         // "kmod", "replay"; null when there is none
+	Collector  *string `json:"collector"`         // "kmod", "ebpf", "replay"; null when there is none
+	Tried      []Tried `json:"tried,omitempty"`   // collectors that would have come before it
 	Problem    string  `json:"problem,omitempty"` // why nothing is collected, in a sentence
 	Module     string  `json:"module,omitempty"`  // version of the collector
 	Hook       string  `json:"hook"`              // "none", "tracepoint", "patch"
@@ -45,6 +46,12 @@ type Status struct {
 	Libvirt      Libvirt   `json:"libvirt"`
 	Since        time.Time `json:"since"` // the daemon's start
 	CPU          CPU       `json:"cpu"`
+}
+
+// Tried is a collector that was not taken.
+type Tried struct {
+	Collector string `json:"collector"` // "kmod", "ebpf"
+	Refused   string `json:"refused"`   // why, in a sentence
 }
 
 // Slots tells how much of the kernel's memory for counters is used.

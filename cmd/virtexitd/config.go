@@ -42,7 +42,8 @@ type config struct {
 	readOnly      listening // path empty: none
 	adminGroup    string    // empty: root alone switches
 	libvirtURI    string
-	replay        string // a recording to read instead of the kernel module
+	collector     string // "auto" or the only one; empty with replay
+	replay        string // a recording to read instead of what the kernel counts
 	metrics       metrics
 	logLevel      slog.Level
 }
@@ -204,12 +205,15 @@ func (c *config) set(key, value string) (allowed string) {
 			return "a duration from 5s to 1h is allowed"
 		}
 	case "collector":
+		c.collector, c.replay = "", ""
 		name, file, recorded := strings.Cut(value, ":")
 		switch {
 		case recorded && name == "replay" && file != "":
 			c.replay = file
-		case value != "auto" && value != "kmod":
-			return "auto, kmod and replay:FILE are allowed"
+		case value != "auto" && value != "kmod" && value != "ebpf":
+			return "auto, kmod, ebpf and replay:FILE are allowed"
+		default:
+			c.collector = value
 		}
 	case "socket":
 		if c.socket.path = value; !isSocketPath(value) {

@@ -32,6 +32,7 @@ var builtIn = config{
 	socket:        listening{"/run/virtexit/virtexit.sock", "libvirt", 0o660},
 	readOnly:      listening{"", "libvirt", 0o660},
 	libvirtURI:    "qemu:///system",
+	collector:     "auto",
 	logLevel:      slog.LevelInfo,
 	metrics:       metrics{reasons: 16},
 }
@@ -74,9 +75,11 @@ func TestLoad(t *testing.T) {
 		{name: "off", file: "collection: off", want: with(func(c *config) { c.on = false })},
 		{name: "file", file: "level: count\ninterval: 250ms\nretention: 5m\nretention_count: 3\nadmin_group: wheel\ngroup: \"\"\ncollector: replay:/tmp/x:y\n",
 			want: with(func(c *config) {
-				c.level, c.interval, c.socket.group, c.adminGroup, c.replay = snapshot.Count, 250*time.Millisecond, "", "wheel", "/tmp/x:y"
+				c.level, c.interval, c.socket.group, c.adminGroup = snapshot.Count, 250*time.Millisecond, "", "wheel"
+				c.collector, c.replay = "", "/tmp/x:y"
 				c.retention = ledger.Retention{Age: 5 * time.Minute, Count: 3}
 			})},
+		{name: "eBPF", file: "collector: ebpf", want: with(func(c *config) { c.collector = "ebpf" })},
 		{name: "no state", file: `state_dir: ""`, want: with(func(c *config) { c.stateDir = "" })},
 		{name: "state elsewhere", file: "state_dir: /x\nstate_interval: 1h", want: with(func(c *config) { c.stateDir, c.stateInterval = "/x", time.Hour })},
 		{name: "level recent, at times", file: "level: recent\nduty: 1s/10s", want: with(func(c *config) { c.level, c.duty = snapshot.Recent, api.Duty{OnNS: 1e9, EveryNS: 1e10} })},
@@ -116,7 +119,7 @@ func TestLoad(t *testing.T) {
 		{name: "retention_count below zero", file: "retention_count: -1", err: `retention_count: "-1" is not valid`},
 		{name: "relative state_dir", file: "state_dir: x", err: `state_dir: "x" is not valid: an absolute path is allowed, or nothing`},
 		{name: "state_interval", file: "state_interval: 10ms", err: `state_interval: "10ms" is not valid: a duration from 5s to 1h is allowed`},
-		{name: "collector", file: "collector: ebpf", err: `collector: "ebpf" is not valid: auto, kmod and replay:FILE are allowed`},
+		{name: "collector", file: "collector: perf", err: `collector: "perf" is not valid: auto, kmod, ebpf and replay:FILE are allowed`},
 		{name: "replay of nothing", file: "collector: 'replay:'", err: `collector: "replay:" is not valid`},
 		{name: "relative socket", file: "socket: x.sock", err: `socket: "x.sock" is not valid`},
 		{name: "read-only socket", file: "read_only_socket: /ro\nread_only_group: monitor\nread_only_mode: \"600\"\nsocket_mode: \"0600\"",

@@ -25,9 +25,6 @@ import (
 	"virtexit/internal/daemon"
 	"virtexit/internal/prom"
 	"virtexit/internal/server"
-	"virtexit/internal/source"
-	"virtexit/internal/source/kmod"
-	"virtexit/internal/source/replay"
 	"virtexit/vmmap"
 )
 
@@ -115,8 +112,10 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 		servers[readOnly] = server.Options{ReadOnly: true}
 	}
 	libvirt := vmmap.NewLibvirt(c.libvirtURI)
+	collectors := &collectors{config: c}
 	d := daemon.New(daemon.Config{
-		Open:          opener(c),
+		Open:          collectors.open,
+		Refused:       collectors.refused,
 		Identities:    vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now}),
 		Libvirt:       libvirt,
 		On:            c.on,
@@ -160,7 +159,8 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 	notify(systemd.SdNotifyReady)
 	<-ctx.Done()
 	notify(systemd.SdNotifyStopping)
-	return g.Wait()
+	err = g.Wait()
+	return errors.Join(err, collectors.close())
 }
 
 // listen creates the socket. On a host without the group that is to read, root
@@ -192,34 +192,6 @@ func listenMetrics(m metrics, log *slog.Logger) (net.Listener, error) {
 		return nil, fmt.Errorf("metrics_listen: %w", err)
 	}
 	return l, nil
-}
-
-// opener returns what opens the configured collector.
-func opener(c config) func() (source.Source, error) {
-	if c.replay == "" {
-		return func() (source.Source, error) {
-			src, err := kmod.Open()
-			if errors.Is(err, source.ErrUnavailable) {
-				return nil, fmt.Errorf("virtexit.ko is not loaded: modprobe virtexit (%w)", err)
-			}
-			if err != nil {
-				return nil, err // not a source that is a nil pointer
-			}
-			return src, nil
-		}
-	}
-	played := false
-	return func() (source.Source, error) {
-		if played { // a second time its exits would be counted twice
-			return nil, fmt.Errorf("the recording %s has ended", c.replay)
-		}
-		src, err := replay.Open(c.replay)
-		if err != nil {
-			return nil, err
-		}
-		played = true
-		return src, nil
-	}
 }
 
 // stateDir is where the daemon keeps its state. What was recorded is another

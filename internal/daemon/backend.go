@@ -49,6 +49,9 @@ func (d *Daemon) Status() api.Status {
 	if level == snapshot.Off {
 		s.Collection = "off"
 	}
+	if d.config.Refused != nil {
+		s.Tried = d.config.Refused()
+	}
 	if l := d.config.Libvirt; l != nil {
 		status := l.Status()
 		s.Libvirt = api.Libvirt{Connected: status.Connected, URI: status.URI, Error: status.Error}

@@ -48,6 +48,7 @@ type Libvirt interface {
 // Config is what a Daemon is made of.
 type Config struct {
 	Open          func() (source.Source, error)
+	Refused       func() []api.Tried // collectors that Open tried before the one that it returned; may be nil
 	Identities    Identities
 	Libvirt       Libvirt // may be nil
 	On            bool    // collect from the start

@@ -400,6 +400,12 @@ func Status(w io.Writer, s api.Status, f Format, width int) error {
 			collector += " " + s.Module
 		}
 	}
+	var tried []string
+	for _, t := range s.Tried {
+		if s.Collector != nil { // else the problem tells
+			tried = append(tried, fmt.Sprintf("%s: %s", t.Collector, t.Refused))
+		}
+	}
 	libvirt := "not connected to " + s.Libvirt.URI
 	if s.Libvirt.Connected {
 		libvirt = "connected to " + s.Libvirt.URI
@@ -421,6 +427,7 @@ func Status(w io.Writer, s api.Status, f Format, width int) error {
 		{"Level", s.Level},
 		{"Duty", duty},
 		{"Collector", collector},
+		{"Refused", strings.Join(tried, "; ")},
 		{"Hook", hook},
 		{"Kernel", s.Kernel},
 		{"ISA", s.ISA},

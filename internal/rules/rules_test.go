@@ -29,7 +29,7 @@ var arrows = map[string][]string{
 	"api/client":                 {"api"},
 	"cmd/virtexit":               {"api", "api/client", "internal/report"},
 	"cmd/virtexit-vdsm-hook":     {"api", "api/client"},
-	"cmd/virtexitd":              {"api", "internal/daemon", "internal/ledger", "internal/prom", "internal/server", "internal/snapshot", "internal/source", "internal/source/kmod", "internal/source/replay", "vmmap"},
+	"cmd/virtexitd":              {"api", "internal/daemon", "internal/ledger", "internal/prom", "internal/server", "internal/snapshot", "internal/source", "internal/source/ebpf", "internal/source/kmod", "internal/source/replay", "vmmap"},
 	"internal/abi":               {},
 	"internal/daemon":            {"api", "internal/exitreason", "internal/ledger", "internal/snapshot", "internal/source", "vmmap"},
 	"internal/exitreason":        {},

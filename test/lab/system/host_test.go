@@ -86,6 +86,9 @@ func start(t *testing.T, o options) *virtexitd {
 	dir := t.TempDir()
 	config := filepath.Join(dir, "virtexitd.yaml")
 	text := fmt.Sprintf("log_level: debug\nstate_dir: %q\n%s", o.state, o.more)
+	if !strings.Contains(text, "collector:") {
+		text += "collector: kmod\n" // also when it is not there
+	}
 	if o.interval != "" {
 		text += "interval: " + o.interval + "\n"
 	}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"virtexit/api"
+	"virtexit/internal/source"
+	"virtexit/internal/source/ebpf"
+	"virtexit/internal/source/kmod"
+	"virtexit/internal/source/replay"
+)
+
+// collectors opens the configured collector, or the best that this host has.
+type collectors struct {
+	config config
+	played bool
+	bpf    *ebpf.Collector // keeps what it has counted; nil: not needed so far
+
+	mu    sync.Mutex
+	tried []api.Tried
+}
+
+// open tries one collector after the other.
+func (c *collectors) open() (source.Source, error) {
+	if c.config.replay != "" {
+		return c.openReplay()
+	}
+	var tried []api.Tried
+	var errs []error
+	for _, o := range []struct {
+		name string
+		open func() (source.Source, error)
+	}{{"kmod", openModule}, {"ebpf", c.openBPF}} {
+		if c.config.collector != "auto" && c.config.collector != o.name {
+			continue
+		}
+		src, err := o.open()
+		if err == nil {
+			c.tell(tried)
+			return src, nil
+		}
+		tried = append(tried, api.Tried{Collector: o.name, Refused: err.Error()})
+		errs = append(errs, err)
+	}
+	c.tell(tried)
+	if len(errs) == 1 {
+		return nil, errs[0]
+	}
+	return nil, fmt.Errorf("%w; nor is there another collector: %w", errs[0], errs[1])
+}
+
+func (c *collectors) tell(tried []api.Tried) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.tried = tried
+}
+
+// refused are those that were tried the last time, and why each was not taken.
+func (c *collectors) refused() []api.Tried {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.tried
+}
+
+func openModule() (source.Source, error) {
+	src, err := kmod.Open()
+	if errors.Is(err, source.ErrUnavailable) {
+		return nil, fmt.Errorf("virtexit.ko is not loaded: modprobe virtexit (%w)", err)
+	}
+	if err != nil {
+		return nil, err // not a source that is a nil pointer
+	}
+	return src, nil
+}
+
+func (c *collectors) openBPF() (source.Source, error) {
+	if c.bpf == nil {
+		var err error
+		if c.bpf, err = ebpf.New(ebpf.Options{Version: version}); err != nil {
+			return nil, err
+		}
+	}
+	src, err := c.bpf.Open()
+	if err != nil {
+		return nil, err
+	}
+	return src, nil
+}
+
+func (c *collectors) openReplay() (source.Source, error) {
+	if c.played { // a second time its exits would be counted twice
+		return nil, fmt.Errorf("the recording %s has ended", c.config.replay)
+	}
+	src, err := replay.Open(c.config.replay)
+	if err != nil {
+		return nil, err
+	}
+	c.played = true
+	return src, nil
+}
+
+// close ends what open keeps.
+func (c *collectors) close() error {
+	if c.bpf == nil {
+		return nil
+	}
+	return c.bpf.Close()
+}
