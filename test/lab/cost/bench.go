@@ -123,7 +123,7 @@ func (b *bench) virtexit(m *Meter, hook string) (err error) {
 	if err := b.measure(m, hook, none(Virtexit, snapshot.Off.String())); err != nil {
 		return err
 	}
-	for _, l := range levels {
+	for _, l := range []snapshot.Level{snapshot.Pause, snapshot.Count, snapshot.Time, snapshot.Recent} {
 		o := level(Virtexit, hook, l, func() (source.Source, error) { return kmod.Open() })
 		if err := b.measure(m, hook, o); err != nil {
 			return err
@@ -132,16 +132,14 @@ func (b *bench) virtexit(m *Meter, hook string) (err error) {
 	return nil
 }
 
-var levels = []snapshot.Level{snapshot.Pause, snapshot.Count, snapshot.Time, snapshot.Recent}
-
-// bpf measures the eBPF collector.
+// bpf measures the eBPF collector at the levels that it is used at.
 func (b *bench) bpf(m *Meter, hook string) (err error) {
 	c, err := ebpf.New(ebpf.Options{Slots: 64})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
-	for _, l := range levels {
+	for _, l := range []snapshot.Level{snapshot.Count, snapshot.Time} {
 		o := level(VirtexitBPF, hook, l, func() (source.Source, error) { return c.Open() })
 		if err := b.measure(m, hook, o); err != nil {
 			return err

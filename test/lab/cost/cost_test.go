@@ -16,7 +16,9 @@ func TestCost(t *testing.T) {
 		"tracepoint": {snapshot.Count.String(): 44, snapshot.Time.String(): 120},
 		"patch":      {snapshot.Count.String(): 30, snapshot.Time.String(): 90},
 	}
-	bpf := map[string]int{snapshot.Time.String(): 400}
+	// A program that does nothing takes 102, reading KVM's memory 98 each time, the clock 58. The reason is two readings, and
+	// three more where kvm_exit is late.
+	bpf := map[string]int{snapshot.Count.String(): 430, snapshot.Time.String(): 1150}
 	const patch = 5 // KVM's own hook, when nobody is behind it
 	t.Chdir("../../..")
 	nothing := map[Exit]int{} // on the KVM in question
