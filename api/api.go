@@ -26,7 +26,7 @@ type Status struct {
 	Collection string  `json:"collection"`        // "on", "off"
 	Level      string  `json:"level"`             // in force: "off", "pause", "count", "time", "recent"; some domains may have one of their own
 	Collector  *string `json:"collector"`         // "kmod", "ebpf", "replay"; null when there is none
-	Tried      []Tried `json:"tried,omitempty"`   // collectors that would have come before it
+	Tried      []Tried `json:"tried,omitempty"`   // collectors that were tried before it, in this order
 	Problem    string  `json:"problem,omitempty"` // why nothing is collected, in a sentence
 	Module     string  `json:"module,omitempty"`  // version of the collector
 	Hook       string  `json:"hook"`              // "none", "tracepoint", "patch"
@@ -52,6 +52,7 @@ type Status struct {
 type Tried struct {
 	Collector string `json:"collector"` // "kmod", "ebpf"
 	Refused   string `json:"refused"`   // why, in a sentence
+	Gain      string `json:"gain"`      // what it has that those tried after it have not
 }
 
 // Slots tells how much of the kernel's memory for counters is used.

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"virtexit/api"
@@ -24,17 +25,20 @@ type collectors struct {
 	tried []api.Tried
 }
 
-// open tries one collector after the other.
+// open tries one collector after the other, the best first.
 func (c *collectors) open() (source.Source, error) {
 	if c.config.replay != "" {
 		return c.openReplay()
 	}
 	var tried []api.Tried
-	var errs []error
+	var problems []string
 	for _, o := range []struct {
-		name string
-		open func() (source.Source, error)
-	}{{"kmod", openModule}, {"ebpf", c.openBPF}} {
+		name, gain string // over those after it
+		open       func() (source.Source, error)
+	}{
+		{"kmod", "an exit costs a fraction of what it costs with others, and counts outlive virtexitd", openModule},
+		{"ebpf", "exits by reason, and where the time goes", c.openBPF},
+	} {
 		if c.config.collector != "auto" && c.config.collector != o.name {
 			continue
 		}
@@ -43,14 +47,11 @@ func (c *collectors) open() (source.Source, error) {
 			c.tell(tried)
 			return src, nil
 		}
-		tried = append(tried, api.Tried{Collector: o.name, Refused: err.Error()})
-		errs = append(errs, err)
+		tried = append(tried, api.Tried{Collector: o.name, Refused: err.Error(), Gain: o.gain})
+		problems = append(problems, o.name+": "+err.Error())
 	}
 	c.tell(tried)
-	if len(errs) == 1 {
-		return nil, errs[0]
-	}
-	return nil, fmt.Errorf("%w; nor is there another collector: %w", errs[0], errs[1])
+	return nil, errors.New(strings.Join(problems, "; "))
 }
 
 func (c *collectors) tell(tried []api.Tried) {

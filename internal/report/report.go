@@ -400,10 +400,10 @@ func Status(w io.Writer, s api.Status, f Format, width int) error {
 			collector += " " + s.Module
 		}
 	}
-	var tried []string
+	var tried [][2]string
 	for _, t := range s.Tried {
 		if s.Collector != nil { // else the problem tells
-			tried = append(tried, fmt.Sprintf("%s: %s", t.Collector, t.Refused))
+			tried = append(tried, [2]string{"Refused", t.Collector + ": " + t.Refused}, [2]string{"  it offers", t.Gain})
 		}
 	}
 	libvirt := "not connected to " + s.Libvirt.URI
@@ -421,13 +421,13 @@ func Status(w io.Writer, s api.Status, f Format, width int) error {
 	if s.Duty != nil {
 		duty = fmt.Sprintf("%v in every %v", time.Duration(s.Duty.OnNS), time.Duration(s.Duty.EveryNS))
 	}
-	lines := [][2]string{
+	lines := slices.Concat([][2]string{
 		{"Collection", s.Collection},
 		{"Problem", s.Problem},
 		{"Level", s.Level},
 		{"Duty", duty},
 		{"Collector", collector},
-		{"Refused", strings.Join(tried, "; ")},
+	}, tried, [][2]string{
 		{"Hook", hook},
 		{"Kernel", s.Kernel},
 		{"ISA", s.ISA},
@@ -438,7 +438,7 @@ func Status(w io.Writer, s api.Status, f Format, width int) error {
 		{"Totals", fmt.Sprintf("since %s, exits counted for %s", s.TotalsSince.Format("2006-01-02 15:04:05 MST"), span(s.ObservedNS))},
 		{"Libvirt", libvirt},
 		{"Daemon", fmt.Sprintf("%s, since %s, %s of a CPU (now %s)", s.Version, s.Since.Format("2006-01-02 15:04:05 MST"), percent(s.CPU.TotalPct), percent(s.CPU.LatestPct))},
-	}
+	})
 	for _, l := range lines {
 		if l[1] == "" {
 			continue

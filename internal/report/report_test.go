@@ -266,6 +266,9 @@ func TestGolden(t *testing.T) {
 			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "off", Problem: "the module virtexit is not loaded", Hook: "none",
 			Kernel: "6.1.0-56-amd64", ISA: "none", Libvirt: api.Libvirt{URI: "qemu:///system", Error: "no route,\nto \"host\""}, TotalsSince: since, Since: since,
 		}
+		second := good
+		second.Collector, second.Tried = ptr("ebpf"), []api.Tried{{Collector: "kmod", Refused: "virtexit.ko is not loaded: modprobe virtexit", Gain: "less cost"}}
+		check("status-second", f, func(w *bytes.Buffer) error { return Status(w, second, f, lineWidth) })
 		check("status-good", f, func(w *bytes.Buffer) error { return Status(w, good, f, lineWidth) })
 		check("status-bad", f, func(w *bytes.Buffer) error { return Status(w, bad, f, lineWidth) })
 	}
