@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -25,25 +26,34 @@ type collectors struct {
 	tried []api.Tried
 }
 
-// open tries one collector after the other, the best first.
+// choice is a collector that may be taken.
+type choice struct {
+	name, gain string // over those after it
+	open       func() (source.Source, error)
+}
+
+// choices are those that the configuration allows, the best first.
+func (c *collectors) choices() []choice {
+	all := []choice{
+		{"kmod", "an exit costs a fraction of what it costs with others, and counts outlive virtexitd", openModule},
+		{"ebpf", "exits by reason, and where the time goes", c.openBPF},
+	}
+	return slices.DeleteFunc(all, func(o choice) bool { return c.config.collector != "auto" && c.config.collector != o.name })
+}
+
+// open tries one collector after the other.
 func (c *collectors) open() (source.Source, error) {
 	if c.config.replay != "" {
 		return c.openReplay()
 	}
 	var tried []api.Tried
 	var problems []string
-	for _, o := range []struct {
-		name, gain string // over those after it
-		open       func() (source.Source, error)
-	}{
-		{"kmod", "an exit costs a fraction of what it costs with others, and counts outlive virtexitd", openModule},
-		{"ebpf", "exits by reason, and where the time goes", c.openBPF},
-	} {
-		if c.config.collector != "auto" && c.config.collector != o.name {
-			continue
-		}
+	for _, o := range c.choices() {
 		src, err := o.open()
 		if err == nil {
+			if o.name != "ebpf" {
+				c.close()
+			}
 			c.tell(tried)
 			return src, nil
 		}
@@ -52,6 +62,17 @@ func (c *collectors) open() (source.Source, error) {
 	}
 	c.tell(tried)
 	return nil, errors.New(strings.Join(problems, "; "))
+}
+
+// better tells whether one of those that open found to be unavailable no longer is.
+func (c *collectors) better() bool {
+	for _, o := range c.choices()[:len(c.refused())] {
+		if src, err := o.open(); err == nil {
+			src.Close()
+			return true
+		}
+	}
+	return false
 }
 
 func (c *collectors) tell(tried []api.Tried) {
@@ -104,10 +125,12 @@ func (c *collectors) openReplay() (source.Source, error) {
 	return src, nil
 }
 
-// close ends what open keeps.
+// close ends what openBPF keeps.
 func (c *collectors) close() error {
 	if c.bpf == nil {
 		return nil
 	}
-	return c.bpf.Close()
+	bpf := c.bpf
+	c.bpf = nil
+	return bpf.Close()
 }

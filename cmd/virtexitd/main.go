@@ -116,6 +116,7 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 	d := daemon.New(daemon.Config{
 		Open:          collectors.open,
 		Refused:       collectors.refused,
+		Better:        collectors.better,
 		Identities:    vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now}),
 		Libvirt:       libvirt,
 		On:            c.on,

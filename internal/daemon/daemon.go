@@ -25,6 +25,7 @@ var errNoKVM = errors.New("KVM is not loaded: collection begins when it is")
 
 const (
 	retryEvery    = time.Second            // to open a collector
+	betterEvery   = 5 * time.Second        // a better one than the open one is looked for
 	settle        = 100 * time.Millisecond // events that follow each other share a snapshot
 	identifyEvery = 5 * time.Second        // without an event
 )
@@ -49,6 +50,7 @@ type Libvirt interface {
 type Config struct {
 	Open          func() (source.Source, error)
 	Refused       func() []api.Tried // collectors that Open tried before the one that it returned; may be nil
+	Better        func() bool        // one of these is there now; may be nil
 	Identities    Identities
 	Libvirt       Libvirt // may be nil
 	On            bool    // collect from the start
@@ -174,6 +176,8 @@ func (d *Daemon) collect(ctx context.Context, src source.Source) error {
 	defer d.detach()
 	period := time.NewTicker(d.config.Interval)
 	defer period.Stop()
+	better := time.NewTicker(betterEvery)
+	defer better.Stop()
 	var settled <-chan time.Time // not nil: events have come since the last snapshot
 	learnt := make(map[int]bool) // since then
 	events := src.Events()
@@ -203,6 +207,11 @@ func (d *Daemon) collect(ctx context.Context, src source.Source) error {
 			err = d.sample()
 		case <-period.C:
 			err = d.endPeriod()
+		case <-better.C:
+			if d.config.Better != nil && d.config.Better() {
+				d.handOver()
+				return nil
+			}
 		}
 		if errors.Is(err, source.ErrGone) || errors.Is(err, ledger.ErrInconsistent) {
 			return err
@@ -229,6 +238,26 @@ func (d *Daemon) attach(src source.Source) error {
 	d.usage = [2]usage{d.used(), d.used()}
 	d.config.Log.Info("collector opened", "collector", info.Collector, "version", info.Version, "isa", info.ISA)
 	return d.sampleLocked()
+}
+
+// handOver lets go of the collector with all that it has counted. What the next
+// one is to do stays as wished.
+func (d *Daemon) handOver() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	level := d.wish.level
+	d.end()
+	d.wish.level = level
+	d.source, d.problem = nil, source.ErrGone
+}
+
+// end has the collector stop, and takes all that it has counted.
+func (d *Daemon) end() {
+	d.wish.level = snapshot.Off
+	if err := d.command(); err != nil {
+		d.config.Log.Debug("ending collection", "error", err)
+	}
+	d.sampleLocked() // a failure has been logged
 }
 
 // detach lets go of the collector, before it is closed.

@@ -820,6 +820,38 @@ func TestModuleComesAndGoes(t *testing.T) {
 	})
 }
 
+// A better collector is gone over to when it comes, and nothing is lost.
+func TestBetter(t *testing.T) {
+	var h *host
+	came, opened := false, 0
+	run(t, func(c *Config) {
+		h = c.Identities.(*host)
+		c.Better = func() bool { return came }
+		c.Open = func() (source.Source, error) {
+			if opened++; came {
+				if h.level != snapshot.Off {
+					t.Errorf("the one before still collects, at level %v", h.level)
+				}
+				h.snap = snapshot.Snapshot{TickHz: tickHz}
+				came = false
+			}
+			return h.Open()
+		}
+	}, func(t *testing.T, h *host, d *Daemon) {
+		pass(betterEvery - 100*time.Millisecond)
+		h.exits(1, 0, 0x72, 10) // after the last period before
+		h.mu.Lock()
+		came = true
+		h.mu.Unlock()
+		pass(100*time.Millisecond + retryEvery)
+		h.exits(1, 0, 0x72, 5)
+		pass(3 * betterEvery)
+		if s := d.Status(); s.Problem != "" || s.Level != "time" || s.Exits != 15 || s.Missed != 0 || opened != 2 {
+			t.Errorf("opened %d times: %+v", opened, s)
+		}
+	})
+}
+
 // A kernel whose counts go back is reported, and read anew.
 func TestInconsistent(t *testing.T) {
 	var log bytes.Buffer

@@ -357,11 +357,7 @@ func (d *Daemon) finish() {
 		return
 	}
 	d.mu.Lock()
-	d.wish.level = snapshot.Off
-	if err := d.command(); err != nil {
-		d.config.Log.Debug("ending collection", "error", err)
-	}
-	d.sampleLocked() // a failure has been logged
+	d.end()
 	d.mu.Unlock()
 	d.save()
 }

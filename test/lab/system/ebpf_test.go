@@ -49,8 +49,35 @@ func TestEBPF(t *testing.T) {
 	if n := attached(t); n == 0 {
 		t.Error("no program is loaded")
 	}
+
 	d.end(syscall.SIGKILL)
 	inside.Eventually(t, "the programs go with the daemon", 10*time.Second, func() bool { return attached(t) == 0 })
+
+	// When the module comes, totals go on.
+	d = start(t, options{more: "collector: auto\n"})
+	collector := func(name string) {
+		t.Helper()
+		inside.Eventually(t, "collection by "+name, 20*time.Second, func() bool {
+			s := d.status()
+			return s.Collector != nil && *s.Collector == name && s.Level == "time"
+		})
+	}
+	collector("ebpf")
+	run(t, g, 0, "cpuid:100")
+	inside.Load(t, "")
+	collector("kmod")
+	if n := attached(t); n != 0 {
+		t.Errorf("%d programs are still loaded", n)
+	}
+	if s := d.status(); len(s.Tried) != 0 {
+		t.Errorf("tried: %+v", s.Tried)
+	}
+	run(t, g, 1, "cpuid:500")
+	if got := counts(d.total(name)); got["cpuid"] != 600 {
+		t.Errorf("%v, want 600 by CPUID", got)
+	}
+	d.conserve()
+	d.end(syscall.SIGTERM) // before the module
 }
 
 // attached is how many of our programs the kernel holds.
