@@ -66,8 +66,8 @@ step "the service runs as its own user, with its capabilities alone"
 equal "$(systemctl is-active virtexitd) $(systemctl is-enabled virtexitd)" "active enabled"
 pid=$(systemctl show -P MainPID virtexitd)
 uid=$(id -u virtexit) gid=$(id -g virtexit)
-# CHOWN 0, DAC_READ_SEARCH 2, NET_ADMIN 12, SYS_PTRACE 19
-caps=$(printf '%016x' $((1 << 0 | 1 << 2 | 1 << 12 | 1 << 19)))
+# CHOWN 0, DAC_READ_SEARCH 2, NET_ADMIN 12, SYS_PTRACE 19, PERFMON 38, BPF 39
+caps=$(printf '%016x' $((1 << 0 | 1 << 2 | 1 << 12 | 1 << 19 | 1 << 38 | 1 << 39)))
 equal "$(awk '/^(Uid|Gid|Cap...|NoNewPrivs|Seccomp):/ { $1 = $1; print }' "/proc/$pid/status")" "\
 Uid: $uid $uid $uid $uid
 Gid: $gid $gid $gid $gid
@@ -132,6 +132,19 @@ equal "$(find /var/lib/virtexit ! -user virtexit)" ""
 kept() { equal "$(exits)" "$before"; }
 eventually kept
 echo "exits of the domain: $before, then $(exits)"
+
+step "on a kernel without the module, eBPF counts"
+systemctl stop virtexitd
+modprobe -r virtexit
+echo "install virtexit /bin/false" >/etc/modprobe.d/none.conf
+systemctl start virtexitd
+collects() { virtexit status | grep '^Collector: *ebpf' && virtexit status | grep '^Level: *time'; }
+eventually collects
+virsh -q create /run/spinner.xml
+more() { [ "$(exits)" -gt "$before" ]; }
+eventually more
+virtexit status
+rm /etc/modprobe.d/none.conf
 
 step "what an administrator has disabled stays disabled"
 systemctl -q disable --now virtexitd

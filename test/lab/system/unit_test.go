@@ -12,7 +12,6 @@ import (
 	"os/user"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -217,7 +216,7 @@ func TestUnit(t *testing.T) {
 	}
 	var numbers uint64
 	for _, c := range capabilities(t) {
-		numbers |= 1 << map[string]int{"CAP_CHOWN": 0, "CAP_DAC_READ_SEARCH": 2, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19}[c]
+		numbers |= 1 << map[string]int{"CAP_CHOWN": 0, "CAP_DAC_READ_SEARCH": 2, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}[c]
 	}
 	if mask != numbers {
 		t.Errorf("capabilities %#x, want those of the unit, %#x", mask, numbers)
@@ -252,14 +251,39 @@ func TestUnit(t *testing.T) {
 			return "'" + name + "' is not known to run"
 		}
 	}
+	refused := func(collector string) string {
+		var why string
+		inside.Eventually(t, collector+" is refused", 20*time.Second, func() bool {
+			for _, tried := range d.status().Tried {
+				if tried.Collector == collector {
+					why = tried.Refused
+				}
+			}
+			return why != ""
+		})
+		return why
+	}
+	// Without the module, as eBPF is then what counts.
+	unloaded := func(err error) string {
+		if err != nil {
+			return ""
+		}
+		systemctl("stop", "virtexitd")
+		inside.Remove(t, "virtexit")
+		if _, err := systemctl("start", "virtexitd"); err != nil {
+			t.Fatal(err)
+		}
+		return refused("ebpf")
+	}
 	needed := map[string]func(error) string{
 		"CAP_NET_ADMIN": func(err error) string {
 			if err != nil {
 				return ""
 			}
-			inside.Eventually(t, "there is a problem", 20*time.Second, func() bool { return !slices.Contains([]string{"", "starting"}, d.status().Problem) })
-			return d.status().Problem
+			return refused("kmod")
 		},
+		"CAP_BPF":     unloaded,
+		"CAP_PERFMON": unloaded,
 		"CAP_CHOWN": func(err error) string {
 			if err == nil {
 				return ""
@@ -282,4 +306,17 @@ func TestUnit(t *testing.T) {
 			t.Logf("without %s: %s", c, amiss)
 		}
 	}
+
+	// With all of them.
+	if err := restart(""); err != nil {
+		t.Fatal(err)
+	}
+	inside.Eventually(t, "eBPF collects", 20*time.Second, func() bool {
+		s := d.status()
+		return s.Collector != nil && *s.Collector == "ebpf" && s.Level == "time"
+	})
+	before := counts(d.find("confined"))["cpuid"]
+	virsh(t, "reset", "confined")
+	inside.Eventually(t, "eBPF has counted", 30*time.Second, func() bool { return counts(d.find("confined"))["cpuid"] == before+301 })
+	d.conserve()
 }
