@@ -31,9 +31,10 @@ func daemonPage() *man.Page {
 		Body: []man.Section{
 			{Title: "DESCRIPTION", Text: about + `
 
-It reads the counters of the kernel module virtexit.ko and waits for it where it
-is not loaded. While it collects it holds a lease; when it ends, however it does,
-the module detaches itself from KVM. SIGTERM and SIGINT end it.
+It reads the counters of the kernel module virtexit.ko; where that is not loaded it
+counts with eBPF until the module comes, see collector in virtexitd.yaml(5). While
+it collects it holds a lease; when it ends, however it does, the module or the BPF
+programs detach themselves from KVM. SIGTERM and SIGINT end it.
 
 Under systemd it says when it is ready, and that it lives.`},
 			{Title: "OPTIONS", Items: append(man.Options(newOptions().FlagSet), man.Item{Term: man.Bold("-h") + ", " + man.Bold("--help"), Text: "print the options"})},

@@ -90,7 +90,7 @@ func New(source Source, config Config) *Collector {
 	c.libvirt = desc("libvirt_connected", "1 when libvirt names the domains.")
 	c.state = desc("state_kept", "1 when totals are kept for the next start of the daemon, or need not be; 0 when they can't be saved.")
 	c.hookCycles = desc("hook_cycles", "What the hook takes of an exit and the entry after it, in cycles of the TSC; 0 when unknown.")
-	c.slotsLive = desc("slots_live", "Slots of the kernel module in use by vCPU threads.")
+	c.slotsLive = desc("slots_live", "Slots of the collector in use by vCPU threads.")
 	c.slotsRetired = desc("slots_retired", "Slots of vCPU threads that have ended, not yet released.")
 	c.slotsBacked = desc("slots_backed", "Slots that have memory.")
 	c.slotsMax = desc("slots_max", "Slots that there can be.")
