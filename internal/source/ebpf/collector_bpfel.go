@@ -34,6 +34,7 @@ type collectorVxOwn struct {
 	_        structs.HostLayout
 	Task     uint64
 	Vcpu     uint64
+	Vmcb     uint64
 	Look     uint32
 	Slow     uint32
 	Switches uint64
@@ -47,7 +48,7 @@ type collectorVxOwn struct {
 	Want     uint32
 	Measure  uint32
 	Next     uint32
-	Pad      uint32
+	Late     uint32
 }
 
 type collectorVxTsc struct {
@@ -76,6 +77,7 @@ const (
 	collectorProgThreadExec       = "thread_exec"
 	collectorProgThreadExit       = "thread_exit"
 	collectorVarVxCache           = "vx_cache"
+	collectorVarVxDirect          = "vx_direct"
 	collectorVarVxEntryCost       = "vx_entry_cost"
 	collectorVarVxEventsLost      = "vx_events_lost"
 	collectorVarVxExitCost        = "vx_exit_cost"
@@ -159,6 +161,7 @@ type collectorMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type collectorVariableSpecs struct {
 	VxCache      *ebpf.VariableSpec `ebpf:"vx_cache"`
+	VxDirect     *ebpf.VariableSpec `ebpf:"vx_direct"`
 	VxEntryCost  *ebpf.VariableSpec `ebpf:"vx_entry_cost"`
 	VxEventsLost *ebpf.VariableSpec `ebpf:"vx_events_lost"`
 	VxExitCost   *ebpf.VariableSpec `ebpf:"vx_exit_cost"`
@@ -217,6 +220,7 @@ func (m *collectorMaps) Close() error {
 // It can be passed to loadCollectorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type collectorVariables struct {
 	VxCache      *ebpf.Variable `ebpf:"vx_cache"`
+	VxDirect     *ebpf.Variable `ebpf:"vx_direct"`
 	VxEntryCost  *ebpf.Variable `ebpf:"vx_entry_cost"`
 	VxEventsLost *ebpf.Variable `ebpf:"vx_events_lost"`
 	VxExitCost   *ebpf.Variable `ebpf:"vx_exit_cost"`

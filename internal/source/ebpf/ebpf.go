@@ -310,9 +310,14 @@ func (c *Collector) load(found loading, vendor int) error {
 		exit, other = other, exit
 	}
 	delete(spec.Programs, other)
+	direct, err := canCast()
+	if err != nil {
+		return err
+	}
 	if err := errors.Join(
 		spec.Variables[collectorVarVxIsa].Set(uint32(k.isa)),
 		spec.Variables[collectorVarVxGiven].Set(given),
+		spec.Variables[collectorVarVxDirect].Set(direct),
 	); err != nil {
 		return err
 	}

@@ -131,3 +131,18 @@ func prototype(spec *btf.Spec, event string) (string, error) {
 	}
 	return args, nil
 }
+
+// canCast tells 1 where programs can read the kernel's memory without a call: since 6.2.
+func canCast() (uint32, error) {
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return 0, fmt.Errorf("the kernel's types: %w", err)
+	}
+	var cast *btf.Func
+	if err := spec.TypeByName("bpf_rdonly_cast", &cast); errors.Is(err, btf.ErrNotFound) {
+		return 0, nil
+	} else if err != nil {
+		return 0, err
+	}
+	return 1, nil
+}

@@ -32,10 +32,13 @@ char LICENSE[] SEC("license") = "GPL";
 
 _Static_assert(sizeof(struct vx_own) <= sizeof(((struct virtexit_slot *)0)->reserved2), "");
 _Static_assert(sizeof(struct virtexit_slot) == 16384, "");
+_Static_assert(offsetof(struct vx_own, look) % 8 == 0 &&
+	       offsetof(struct vx_own, slow) == offsetof(struct vx_own, look) + 4, "");
 
 /* Of the KVM that the programs are loaded for. */
 const volatile u32 vx_isa;
 const volatile u32 vx_given;	/* kvm_exit has the reason among its arguments */
+const volatile u32 vx_direct;	/* the kernel has bpf_rdonly_cast() */
 
 /* Set by the process. */
 volatile u32 vx_timed;		/* slots at TIME are timed */
@@ -53,10 +56,16 @@ volatile u32 vx_late;
 /* Events that found no room. */
 volatile u64 vx_events_lost;
 
+/* Where a slot is. */
+struct place {
+	u32 chunk;
+	u32 at;
+};
+
 /* The slot that each CPU has seen last, a cache line each. */
 struct {
-	u32 slot;
-	u32 pad[15];
+	struct place last;
+	u32 pad[14];
 } vx_cache[VX_CACHES];
 
 struct chunk {
@@ -121,12 +130,23 @@ struct {
 const struct vx_event *vx_type_event __attribute__((unused));
 const struct vx_own *vx_type_own __attribute__((unused));
 
+static __always_inline struct virtexit_slot *slot_in(const struct place *p)
+{
+	void *inner = bpf_map_lookup_elem(&chunks, &p->chunk);
+
+	return inner ? bpf_map_lookup_elem(inner, &p->at) : NULL;
+}
+
+static __always_inline struct place place(u32 slot)
+{
+	return (struct place){ slot / VX_CHUNK, slot % VX_CHUNK };
+}
+
 static __always_inline struct virtexit_slot *slot_at(u32 index)
 {
-	u32 chunk = index / VX_CHUNK, at = index % VX_CHUNK;
-	void *inner = bpf_map_lookup_elem(&chunks, &chunk);
+	struct place p = place(index);
 
-	return inner ? bpf_map_lookup_elem(inner, &at) : NULL;
+	return slot_in(&p);
 }
 
 static __always_inline struct virtexit_recent *ring_of(u32 slot)
@@ -142,19 +162,77 @@ static __always_inline struct vx_own *own_of(struct virtexit_slot *pub)
 	return (struct vx_own *)pub->reserved2;
 }
 
-static __always_inline u32 *cache(void)
+static __always_inline struct place *cache(void)
 {
-	return &vx_cache[bpf_get_smp_processor_id() % VX_CACHES].slot;
+	return &vx_cache[bpf_get_smp_processor_id() % VX_CACHES].last;
 }
 
-/* Kernel memory at an address that is no more than a number to the verifier. */
-#define READ(type, address, member) \
-	BPF_CORE_READ((struct type *)(address), member)
+/* Since 6.2: what is at the address has that type, and is read without a call. */
+extern void *bpf_rdonly_cast(const void *address, u32 type) __ksym __weak;
 
-static __always_inline u64 switches(void)
+static __always_inline u64 peek(u64 address, u32 size)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	/* Any type of the kernel's that begins with a number serves. */
+	const volatile struct timespec64 *p =
+		bpf_rdonly_cast((void *)address,
+				bpf_core_type_id_kernel(struct timespec64));
 
+	switch (size) {
+	case 1:
+		return *(const volatile u8 *)p;
+	case 4:
+		return *(const volatile u32 *)p;
+	default:
+		return *(const volatile u64 *)p;
+	}
+}
+
+/*
+ * Kernel memory at an address that is no more than a number to the verifier; 0
+ * where there is none. A call to read it takes as long as a hundred instructions.
+ */
+static __always_inline u64 load(u64 address, u32 size)
+{
+	u64 value = 0;
+
+	if (vx_direct)
+		return peek(address, size);
+	bpf_probe_read_kernel(&value, size, (void *)address);
+	return value;
+}
+
+#define OFFSET(type, member) ((u32)bpf_core_field_offset(struct type, member))
+#define READ(type, address, member) \
+	load((address) + OFFSET(type, member), \
+	     sizeof(((struct type *)0)->member))
+
+/* What lies near to each other is read by one call: so many numbers at most. */
+#define NEAR 4
+
+struct pair {
+	u64 first;
+	u64 second;
+};
+
+/* Two numbers at these offsets from an address. */
+static __always_inline struct pair load_pair(u64 address, u32 first, u32 second)
+{
+	u32 span = second - first;
+	u64 at[NEAR];
+
+	address += first;
+	if (vx_direct || span >= sizeof(at))
+		return (struct pair){ load(address, 8),
+				      load(address + span, 8) };
+	bpf_probe_read_kernel(at, span + 8, (void *)address);
+	return (struct pair){ at[0], at[span / 8] };
+}
+
+#define READ_PAIR(type, address, one, other) \
+	load_pair(address, OFFSET(type, one), OFFSET(type, other))
+
+static __always_inline u64 switches(const struct task_struct *task)
+{
 	return task->nvcsw + task->nivcsw;
 }
 
@@ -164,45 +242,88 @@ static __always_inline u64 run_delay(u64 task)
 
 	if (!bpf_core_field_exists(t->sched_info.run_delay))
 		return 0;
-	return BPF_CORE_READ(t, sched_info.run_delay);
+	return READ(task_struct, task, sched_info.run_delay);
 }
 
-static __always_inline u64 poll_time(u64 vcpu)
+/* What KVM knows of the vCPU's halts. */
+struct halts {
+	u64 poll_ns;
+	u64 halt_ns;
+};
+
+static __always_inline struct halts halts(u64 vcpu)
 {
-	return READ(kvm_vcpu, vcpu, stat.generic.halt_poll_success_ns) +
-	       READ(kvm_vcpu, vcpu, stat.generic.halt_poll_fail_ns);
+	u32 good = OFFSET(kvm_vcpu, stat.generic.halt_poll_success_ns);
+	u32 fail = OFFSET(kvm_vcpu, stat.generic.halt_poll_fail_ns) - good;
+	u32 wait = OFFSET(kvm_vcpu, stat.generic.halt_wait_ns) - good;
+	u64 at[NEAR];
+
+	if (vx_direct || fail >= sizeof(at) || wait >= sizeof(at))
+		return (struct halts){
+			load(vcpu + good, 8) + load(vcpu + good + fail, 8),
+			load(vcpu + good + wait, 8),
+		};
+	bpf_probe_read_kernel(at, sizeof(at), (void *)(vcpu + good));
+	return (struct halts){ at[0] + at[fail / 8], at[wait / 8] };
 }
 
-static __always_inline u64 halt_time(u64 vcpu)
+/*
+ * SVM: a vCPU has another VMCB while a guest of its guest runs. Its first one then
+ * keeps the exit that led there, which out of KVM_RUN's sight can be but one of
+ * three. So that one need not be looked up at each other exit.
+ */
+static __always_inline u64 first_vmcb(u64 vcpu)
 {
-	return READ(kvm_vcpu, vcpu, stat.generic.halt_wait_ns);
+	struct pair p;
+
+	if (vx_isa != VIRTEXIT_ISA_SVM || vx_given || vx_direct)
+		return 0;
+	p = READ_PAIR(vcpu_svm, vcpu, vmcb, vmcb01.ptr);
+	return p.first == p.second ? p.first : 0;
 }
 
-static __always_inline u32 reason(u64 vcpu, u32 given)
+static __always_inline u32 svm_reason(u64 vcpu, u64 first)
 {
-	struct vcpu_vmx___vt *vt = (void *)vcpu;
-	struct vcpu_vmx *vmx = (void *)vcpu;
-	struct vcpu_svm *svm = (void *)vcpu;
+	u64 code = OFFSET(vmcb, control.exit_code);
+	u64 vmcb = vcpu + OFFSET(vcpu_svm, vmcb);
+	u32 known;
+
+	if (vx_direct)
+		return peek(peek(vmcb, 8) + code, 4);
+	if (likely(first)) {
+		bpf_probe_read_kernel(&known, 4, (void *)(first + code));
+		if (likely(known != SVM_EXIT_VMRUN && known != SVM_EXIT_GP &&
+			   known != SVM_EXIT_RSM))
+			return known;
+	}
+	return load(load(vmcb, 8) + code, 4);
+}
+
+static __always_inline u32 reason(const struct vx_own *own, u64 vcpu, u32 given)
+{
+	struct vcpu_vmx___vt *vt = NULL;
 
 	if (vx_given)
 		return given;
 	if (vx_isa == VIRTEXIT_ISA_SVM)
-		return BPF_CORE_READ(svm, vmcb, control.exit_code);
+		return svm_reason(vcpu, own->vmcb);
 	if (bpf_core_field_exists(vt->vt))
-		return BPF_CORE_READ(vt, vt.exit_reason.full);
-	return BPF_CORE_READ(vmx, exit_reason.full);
+		return READ(vcpu_vmx___vt, vcpu, vt.exit_reason.full);
+	return READ(vcpu_vmx, vcpu, exit_reason.full);
 }
 
 /* ---- rows ---- */
 
+/* The row at an offset of the slot, as in virtexit_slot.open; or NULL. */
 static __always_inline struct virtexit_row *row_at(struct virtexit_slot *pub,
-						   u32 i)
+						   u64 offset)
 {
+	offset -= offsetof(struct virtexit_slot, rows);
 	/* The very register that is compared is used. */
-	asm volatile("" : "+r"(i));
-	if (i >= VIRTEXIT_NR_ROWS)
+	asm volatile("" : "+r"(offset));
+	if (offset > (VIRTEXIT_NR_ROWS - 1) * sizeof(struct virtexit_row))
 		return NULL;
-	return &pub->rows[i];
+	return (void *)pub->rows + offset;
 }
 
 static __always_inline u32 row_offset(u32 i)
@@ -211,22 +332,15 @@ static __always_inline u32 row_offset(u32 i)
 	       i * sizeof(struct virtexit_row);
 }
 
-static __always_inline u32 row_index(u32 offset)
-{
-	return (offset - offsetof(struct virtexit_slot, rows)) /
-	       sizeof(struct virtexit_row);
-}
-
 /*
- * The row of a code, taken into use if need be; the last one if there is none.
+ * Where the row of a code is, which is taken into use if need be; the last one if
+ * there is none.
  *
  * This function and others that are not static are verified once and not
- * wherever they are called, which would take long. So they have slots by number,
- * which is + 1 where they return it.
+ * wherever they are called, which would take long.
  */
-__noinline u32 find_row(u32 slot, u32 code)
+__noinline u32 find_row(struct virtexit_slot *pub, u32 code)
 {
-	struct virtexit_slot *pub = slot_at(slot);
 	struct virtexit_row *row;
 	u32 i, n;
 
@@ -238,24 +352,23 @@ __noinline u32 find_row(u32 slot, u32 code)
 			break;
 		row = &pub->rows[i];
 		if (row->code == code && !(row->flags & VIRTEXIT_ROW_OTHER))
-			return i;
+			return row_offset(i);
 	}
 	if (n >= VIRTEXIT_NR_ROWS)
-		return VIRTEXIT_NR_ROWS - 1;
-	row = row_at(pub, n);
+		return row_offset(VIRTEXIT_NR_ROWS - 1);
+	row = row_at(pub, row_offset(n));
 	if (!row)
 		return 0;
 	if (n == VIRTEXIT_NR_ROWS - 1) {
 		row->flags = VIRTEXIT_ROW_OTHER;
 	} else {
 		row->code = code;
-		/* A place that nobody has leads to row 0. */
 		if (!pub->index[(u8)code])
-			pub->index[(u8)code] = n;
+			pub->index[(u8)code] = row_offset(n);
 	}
 	/* Whoever sees the row sees what it is for. */
 	__sync_lock_test_and_set(&pub->nr_rows, n + 1);
-	return n;
+	return row_offset(n);
 }
 
 static __always_inline void row_handled(struct virtexit_row *row, u64 ns)
@@ -263,26 +376,10 @@ static __always_inline void row_handled(struct virtexit_row *row, u64 ns)
 	u64 v = ns >> VIRTEXIT_HIST_SHIFT;
 	u32 i = 0;
 
-	if (v >> 16) {
-		v >>= 16;
-		i = 16;
-		/* More would be of no significance. */
-		if (v >> 16)
-			v = 0xffff;
-	}
-	if (v >> 8) {
-		v >>= 8;
-		i += 8;
-	}
-	if (v >> 4) {
+	for (; unlikely(v >> 4) && i < VIRTEXIT_NR_HIST; i += 4)
 		v >>= 4;
-		i += 4;
-	}
-	if (v >> 2) {
-		v >>= 2;
-		i += 2;
-	}
-	i += v >> 1;
+	/* The logarithms of 0 to 15, two bits each. */
+	i += 0xffffaa50 >> 2 * (v & 15) & 3;
 	asm volatile("" : "+r"(i));
 	if (i >= VIRTEXIT_NR_HIST)
 		i = VIRTEXIT_NR_HIST - 1;
@@ -300,9 +397,9 @@ static __always_inline void move(u64 *sum, u64 ns, u64 *left)
 }
 
 /* The present stretch, of so long, ends. The thread need not be the caller. */
-__noinline int close(u32 slot, u64 left, u64 poll_ns, u64 halt_ns)
+__noinline int close(struct virtexit_slot *pub, u64 left, u64 poll_ns,
+		     u64 halt_ns)
 {
-	struct virtexit_slot *pub = slot_at(slot);
 	struct virtexit_row *row;
 	u64 delay, wait_ns;
 	struct vx_own *own;
@@ -310,7 +407,7 @@ __noinline int close(u32 slot, u64 left, u64 poll_ns, u64 halt_ns)
 	if (!pub)
 		return 0;
 	own = own_of(pub);
-	row = row_at(pub, row_index(pub->open));
+	row = row_at(pub, pub->open);
 	if (!row)
 		return 0;
 	delay = run_delay(own->task);
@@ -364,9 +461,11 @@ static __always_inline void time_begin(struct virtexit_slot *pub, u64 vcpu)
 {
 	struct vx_own *own = own_of(pub);
 
+	struct halts known = halts(vcpu);
+
 	own->run_delay = run_delay(own->task);
-	own->poll_ns = poll_time(vcpu);
-	own->halt_ns = halt_time(vcpu);
+	own->poll_ns = known.poll_ns;
+	own->halt_ns = known.halt_ns;
 	own->switches = LOOK;
 	own->handled = 0;
 	pub->open = 0;
@@ -387,7 +486,7 @@ static __always_inline void time_end(struct virtexit_slot *pub, u64 now)
 	if (from == NEVER)
 		return;
 	if (pub->open) {
-		row = row_at(pub, row_index(pub->open));
+		row = row_at(pub, pub->open);
 		/* KVM has not told of a halt that goes on. */
 		if (row && pub->doing == VIRTEXIT_IN_KVM &&
 		    !(row->flags & VIRTEXIT_ROW_OTHER) &&
@@ -396,17 +495,17 @@ static __always_inline void time_end(struct virtexit_slot *pub, u64 now)
 			pub->doing = VIRTEXIT_HALTED;
 		if (own->level == VIRTEXIT_LEVEL_RECENT)
 			log_end(pub, now);
-		close(own->index, now - from, 0, 0);
+		close(pub, now - from, 0, 0);
 	} else if ((s64)(now - from) > 0) {
 		pub->guest_time += now - from;
 	}
 	pub->open = 0;
 }
 
-__noinline int time_enter(u32 slot, u64 vcpu, u64 now)
+__noinline int time_enter(struct virtexit_slot *pub, u64 vcpu, u64 now)
 {
-	struct virtexit_slot *pub = slot_at(slot);
 	struct virtexit_row *row;
+	struct halts known;
 	struct vx_own *own;
 
 	if (!pub)
@@ -415,10 +514,10 @@ __noinline int time_enter(u32 slot, u64 vcpu, u64 now)
 
 	/* None in progress after an entry that failed and so made no exit. */
 	if (pub->open) {
-		row = row_at(pub, row_index(pub->open));
+		row = row_at(pub, pub->open);
 		if (own->level == VIRTEXIT_LEVEL_RECENT)
 			log_end(pub, now);
-		close(own->index, now - pub->tsc, 0, 0);
+		close(pub, now - pub->tsc, 0, 0);
 		if (row) {
 			if (own->handled > row->max)
 				row->max = own->handled;
@@ -429,42 +528,43 @@ __noinline int time_enter(u32 slot, u64 vcpu, u64 now)
 		pub->open = 0;
 	}
 	stretch_from(pub, now);
-	own->poll_ns = poll_time(vcpu);
-	own->halt_ns = halt_time(vcpu);
-	own->switches = switches();
+	known = halts(vcpu);
+	own->poll_ns = known.poll_ns;
+	own->halt_ns = known.halt_ns;
+	own->switches = switches(bpf_get_current_task_btf());
 	return 0;
 }
 
 /*
- * When the exit occurred that is only now told of; 0 when that is not known. Up
- * to 6.1 SVM tells of an exit when interrupts have been on, and handled.
+ * Up to 6.1 SVM tells of an exit when interrupts have been on, and handled. When
+ * it occurred can be known, if the guest's TSC runs as the host's does: which only
+ * changes out of KVM_RUN.
  */
+static __always_inline u32 late(u64 vcpu)
+{
+	return vx_late && READ(kvm_vcpu, vcpu, arch.l1_tsc_scaling_ratio) ==
+				  SVM_TSC_RATIO_DEFAULT;
+}
+
+/* When it occurred. No time that can be right where there is no TSC. */
 static __always_inline u64 occurred(u64 vcpu)
 {
-	u32 now = vx_tsc_now % 2;
-	u64 tsc;
+	const volatile struct vx_tsc *at = &vx_tscs[vx_tsc_now % 2];
+	struct pair tsc = READ_PAIR(kvm_vcpu, vcpu, arch.l1_tsc_offset,
+				    arch.last_guest_tsc);
+	s64 passed = tsc.second - tsc.first - at->tsc;
 
-	if (vx_isa != VIRTEXIT_ISA_SVM || !vx_tscs[now].mult ||
-	    READ(kvm_vcpu, vcpu, arch.l1_tsc_scaling_ratio) !=
-	    SVM_TSC_RATIO_DEFAULT)
-		return 0;
-	tsc = READ(kvm_vcpu, vcpu, arch.last_guest_tsc) -
-	      READ(kvm_vcpu, vcpu, arch.l1_tsc_offset);
-	tsc -= vx_tscs[now].tsc;
-	if ((s64)tsc < 0)
-		return vx_tscs[now].ns - ((-tsc * vx_tscs[now].mult) >> 28);
-	return vx_tscs[now].ns + ((tsc * vx_tscs[now].mult) >> 28);
+	return at->ns + ((passed * (s64)at->mult) >> 28);
 }
 
 static __always_inline void stamp(struct virtexit_slot *pub, u32 offset,
 				  u64 vcpu, u64 now)
 {
 	u64 from = pub->tsc;
-	s64 ns = now - from;
+	s64 guest, ns = now - from;
 
-	if (vx_late) {
-		s64 guest = occurred(vcpu) - from;
-
+	if (own_of(pub)->late) {
+		guest = occurred(vcpu) - from;
 		/* Not before the entry, nor in the future. */
 		if (guest > 0 && guest < ns) {
 			ns = guest;
@@ -501,9 +601,21 @@ static __always_inline struct virtexit_cpu *this_cpu(void)
 	return bpf_map_lookup_elem(&cpus, &cpu);
 }
 
+/* The thread runs the vCPU in KVM_RUN. */
+static __always_inline u32 use(struct vx_own *own, u64 vcpu)
+{
+	own->vcpu = vcpu;
+	own->vmcb = first_vmcb(vcpu);
+	own->late = late(vcpu);
+	own->slow &= ~VX_SLOW_LEFT;
+	*cache() = place(own->index);
+	return own->index + 1;
+}
+
 /*
- * The slot of the calling thread and vCPU. That a vCPU is where another was can
- * be only after its thread has left KVM_RUN.
+ * The slot of the calling thread and vCPU, by its number, + 1. That a vCPU is
+ * where another was can be only after its thread has left KVM_RUN, which is not
+ * seen at PAUSE.
  */
 __noinline u32 find(u64 vcpu)
 {
@@ -513,17 +625,19 @@ __noinline u32 find(u64 vcpu)
 	struct vx_own *own;
 	u32 id, i, *first, index;
 
-	pub = slot_at(*cache());
+	pub = slot_in(cache());
 	if (!pub)
 		return 0;
 	own = own_of(pub);
-	if (own->task == task && own->vcpu == vcpu &&
+	if (own->task == task && own->vcpu == vcpu && !own->look &&
 	    !(own->slow & VX_SLOW_LEFT))
 		return own->index + 1;
+	id = READ(kvm_vcpu, vcpu, vcpu_id);
+	if (own->task == task && pub->vcpu_id == id)
+		return use(own, vcpu);
 	first = bpf_map_lookup_elem(&threads, &tid);
 	if (!first)
 		return 0;
-	id = READ(kvm_vcpu, vcpu, vcpu_id);
 	index = *first;
 	for (i = 0; i < VX_CHAIN; i++) {
 		pub = slot_at(index);
@@ -532,12 +646,8 @@ __noinline u32 find(u64 vcpu)
 		own = own_of(pub);
 		if (own->task != task)
 			return 0;
-		if (pub->vcpu_id == id) {
-			own->vcpu = vcpu;
-			own->slow &= ~VX_SLOW_LEFT;
-			*cache() = index;
-			return index + 1;
-		}
+		if (pub->vcpu_id == id)
+			return use(own, vcpu);
 		if (!own->next)
 			return 0;
 		index = own->next - 1;
@@ -552,8 +662,19 @@ __noinline u32 find_last(u32 leaves)
 	u32 tid = bpf_get_current_pid_tgid();
 	struct virtexit_slot *pub;
 	u32 i, *first, index, last = 0;
+	struct vx_own *own;
 	u64 latest = 0;
 
+	pub = slot_in(cache());
+	if (!pub)
+		return 0;
+	own = own_of(pub);
+	/* All the others that the thread has were left when this one was used. */
+	if (own->task == task && !own->look && !(own->slow & VX_SLOW_LEFT)) {
+		if (leaves)
+			own->slow |= VX_SLOW_LEFT;
+		return own->level >= VIRTEXIT_LEVEL_TIME ? own->index + 1 : 0;
+	}
 	first = bpf_map_lookup_elem(&threads, &tid);
 	if (!first)
 		return 0;
@@ -562,16 +683,16 @@ __noinline u32 find_last(u32 leaves)
 		pub = slot_at(index);
 		if (!pub || own_of(pub)->task != task)
 			break;
+		own = own_of(pub);
 		if (leaves)
-			own_of(pub)->slow |= VX_SLOW_LEFT;
-		if (own_of(pub)->level >= VIRTEXIT_LEVEL_TIME &&
-		    pub->tsc > latest) {
+			own->slow |= VX_SLOW_LEFT;
+		if (own->level >= VIRTEXIT_LEVEL_TIME && pub->tsc > latest) {
 			latest = pub->tsc;
 			last = index;
 		}
-		if (!own_of(pub)->next)
+		if (!own->next)
 			break;
-		index = own_of(pub)->next - 1;
+		index = own->next - 1;
 	}
 	return latest ? last + 1 : 0;
 }
@@ -603,7 +724,6 @@ __noinline u32 take(u64 vcpu, u32 isa)
 	pub->level = vx_take_level;
 	pub->tsc = NEVER;
 
-	own->vcpu = vcpu;
 	own->index = index;
 	own->level = VIRTEXIT_LEVEL_PAUSE;
 	own->want = vx_take_level;
@@ -624,7 +744,7 @@ __noinline u32 take(u64 vcpu, u32 isa)
 		return 0;
 	}
 	own->task = (u64)task;
-	*cache() = index;
+	use(own, vcpu);
 	/* Whoever sees the state sees whose slot it is. */
 	__sync_lock_test_and_set(&pub->state, VIRTEXIT_LIVE);
 	announce(pub);
@@ -646,9 +766,8 @@ static __always_inline void set_level(struct virtexit_slot *pub, u32 level,
 }
 
 /* Do as is wished, from the exit on that is at hand. */
-__noinline int adopt(u32 slot, u64 vcpu)
+__noinline int adopt(struct virtexit_slot *pub, u64 vcpu)
 {
-	struct virtexit_slot *pub = slot_at(slot);
 	struct vx_own *own;
 	u32 level;
 
@@ -674,9 +793,8 @@ __noinline int adopt(u32 slot, u64 vcpu)
 	return 0;
 }
 
-__noinline int retire(u32 slot, u64 now)
+__noinline int retire(struct virtexit_slot *pub, u64 now)
 {
-	struct virtexit_slot *pub = slot_at(slot);
 	struct vx_own *own;
 
 	if (!pub)
@@ -709,7 +827,7 @@ __noinline int retire_thread(u32 tid)
 		if (!pub || pub->tid != tid)
 			break;
 		next = own_of(pub)->next;
-		retire(index, now);
+		retire(pub, now);
 		if (!next)
 			break;
 		index = next - 1;
@@ -719,10 +837,11 @@ __noinline int retire_thread(u32 tid)
 
 /* ---- programs ---- */
 
-static __always_inline bool fast(const struct vx_own *own, u64 vcpu)
+static __always_inline bool fast(const struct vx_own *own, u64 vcpu, u64 task)
 {
-	return likely(own->task == bpf_get_current_task() &&
-		      own->vcpu == vcpu && !(own->look | own->slow));
+	/* look and slow at once */
+	return likely(own->task == task && own->vcpu == vcpu &&
+		      !*(const volatile u64 *)&own->look);
 }
 
 /* Before anything else that takes time. */
@@ -734,18 +853,18 @@ static __always_inline u64 exit_time(void)
 static __always_inline void count(struct virtexit_slot *pub, u64 vcpu, u32 code,
 				  u64 now)
 {
-	u32 i = pub->index[(u8)code];
-	struct virtexit_row *row = row_at(pub, i);
+	u32 offset = pub->index[(u8)code];
+	struct virtexit_row *row = row_at(pub, offset);
 
-	if (unlikely(!row || row->code != code || !pub->nr_rows)) {
-		i = find_row(own_of(pub)->index, code);
-		row = row_at(pub, i);
+	if (unlikely(!row || row->code != code)) {
+		offset = find_row(pub, code);
+		row = row_at(pub, offset);
 		if (!row)
 			return;
 	}
 	row->count++;
-	if (own_of(pub)->level >= VIRTEXIT_LEVEL_TIME && now)
-		stamp(pub, row_offset(i), vcpu, now);
+	if (now && own_of(pub)->level >= VIRTEXIT_LEVEL_TIME)
+		stamp(pub, offset, vcpu, now);
 }
 
 static __always_inline void log_exit(struct virtexit_slot *pub, u64 vcpu,
@@ -810,7 +929,7 @@ __noinline int exit_slow(u64 vcpu, u32 isa, u32 given, u64 now)
 		return 0;
 	own = own_of(pub);
 	if (own->look)
-		adopt(slot - 1, vcpu);
+		adopt(pub, vcpu);
 	if (own->level < VIRTEXIT_LEVEL_COUNT)
 		return 0;
 	if (own->slow & VX_SLOW_MEASURE) {
@@ -818,19 +937,20 @@ __noinline int exit_slow(u64 vcpu, u32 isa, u32 given, u64 now)
 			guest_tsc = READ(kvm_vcpu, vcpu, arch.last_guest_tsc);
 			if (guest_tsc != own->guest_tsc)
 				vx_late = 1;
+			own->late = late(vcpu);
 			own->guest_tsc = 0;
 		}
 		start = bpf_ktime_get_ns();
 		begin = bpf_ktime_get_ns();
 		exit_time();
-		count(pub, vcpu, reason(vcpu, given), now);
+		count(pub, vcpu, reason(own, vcpu, given), now);
 		end = bpf_ktime_get_ns();
 		least(&vx_exit_cost, start, begin, end);
 		if (!own->measure || !--own->measure)
 			own->slow &= ~VX_SLOW_MEASURE;
 		return 0;
 	}
-	code = reason(vcpu, given);
+	code = reason(own, vcpu, given);
 	count(pub, vcpu, code, now);
 	if (own->level == VIRTEXIT_LEVEL_RECENT && now)
 		log_exit(pub, vcpu, code);
@@ -840,10 +960,10 @@ __noinline int exit_slow(u64 vcpu, u32 isa, u32 given, u64 now)
 static __always_inline int exit(u64 vcpu, u32 isa, u32 given)
 {
 	u64 now = exit_time();
-	struct virtexit_slot *pub = slot_at(*cache());
+	struct virtexit_slot *pub = slot_in(cache());
 
-	if (pub && fast(own_of(pub), vcpu))
-		count(pub, vcpu, reason(vcpu, given), now);
+	if (pub && fast(own_of(pub), vcpu, bpf_get_current_task()))
+		count(pub, vcpu, reason(own_of(pub), vcpu, given), now);
 	else
 		exit_slow(vcpu, isa, given, now);
 	return 0;
@@ -864,21 +984,17 @@ int kvm_exit_given(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* After an exit that KVM handled at once; or false, and nothing is done. */
-static __always_inline bool enter(struct virtexit_slot *pub, u64 now)
+static __always_inline bool enter(struct virtexit_slot *pub,
+				  const struct task_struct *task, u64 now)
 {
-	struct vx_own *own = own_of(pub);
-	struct virtexit_row *row;
-	u64 ns;
+	struct virtexit_row *row = row_at(pub, pub->open);
+	s64 ns = now - pub->tsc;
 
-	if (!pub->open || own->switches != switches())
+	if (!row || own_of(pub)->switches != switches(task))
 		return 0;
-	row = row_at(pub, row_index(pub->open));
-	if (!row)
-		return 0;
-	ns = now - pub->tsc;
-	if ((s64)ns < 0)
+	if (unlikely(ns < 0))
 		ns = 0;
-	if (ns > row->max)
+	if (unlikely((u64)ns > row->max))
 		row->max = ns;
 	row->time += ns;
 	row_handled(row, ns);
@@ -909,13 +1025,13 @@ __noinline int entry_slow(u64 vcpu, u64 now)
 		start = bpf_ktime_get_ns();
 		begin = bpf_ktime_get_ns();
 		bpf_ktime_get_ns();
-		if (enter(pub, now)) {
+		if (enter(pub, bpf_get_current_task_btf(), now)) {
 			end = bpf_ktime_get_ns();
 			least(&vx_entry_cost, start, begin, end);
 			return 0;
 		}
 	}
-	time_enter(own->index, vcpu, now);
+	time_enter(pub, vcpu, now);
 	return 0;
 }
 
@@ -923,10 +1039,11 @@ SEC("raw_tp")
 int kvm_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 now = bpf_ktime_get_ns();
-	struct virtexit_slot *pub = slot_at(*cache());
+	struct virtexit_slot *pub = slot_in(cache());
+	struct task_struct *task = bpf_get_current_task_btf();
 	u64 vcpu = ctx->args[0];
 
-	if (pub && fast(own_of(pub), vcpu) && enter(pub, now))
+	if (pub && fast(own_of(pub), vcpu, (u64)task) && enter(pub, task, now))
 		return 0;
 	entry_slow(vcpu, now);
 	return 0;
@@ -936,17 +1053,17 @@ int kvm_entry(struct bpf_raw_tracepoint_args *ctx)
 SEC("raw_tp")
 int kvm_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 now = bpf_ktime_get_ns();
+	u64 now = exit_time();
 	u32 why = ctx->args[0], slot = find_last(1);
 	struct virtexit_slot *pub;
 	int error = ctx->args[1];
 
-	if (!slot)
+	if (!slot || !now)
 		return 0;
 	pub = slot_at(slot - 1);
 	if (!pub || !pub->open)
 		return 0;
-	close(own_of(pub)->index, now - pub->tsc, 0, 0);
+	close(pub, now - pub->tsc, 0, 0);
 	stretch_from(pub, now);
 	if ((error < 0 && why != KVM_EXIT_MEMORY_FAULT) || why == KVM_EXIT_INTR)
 		pub->doing = VIRTEXIT_OUTSIDE;
@@ -966,9 +1083,10 @@ static __always_inline u64 since(u64 now, u64 then)
 SEC("raw_tp")
 int kvm_vcpu_wakeup(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 poll_ns, halt_ns, now = bpf_ktime_get_ns();
+	u64 now = bpf_ktime_get_ns();
 	struct virtexit_slot *pub;
 	u32 slot = find_last(0);
+	struct halts known;
 	struct vx_own *own;
 
 	if (!slot)
@@ -977,15 +1095,14 @@ int kvm_vcpu_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	if (!pub)
 		return 0;
 	own = own_of(pub);
-	poll_ns = poll_time(own->vcpu);
-	halt_ns = halt_time(own->vcpu);
+	known = halts(own->vcpu);
 	if (pub->open) {
-		close(own->index, now - pub->tsc, since(poll_ns, own->poll_ns),
-		      since(halt_ns, own->halt_ns));
+		close(pub, now - pub->tsc, since(known.poll_ns, own->poll_ns),
+		      since(known.halt_ns, own->halt_ns));
 		stretch_from(pub, now);
 	}
-	own->poll_ns = poll_ns;
-	own->halt_ns = halt_ns;
+	own->poll_ns = known.poll_ns;
+	own->halt_ns = known.halt_ns;
 	return 0;
 }
 
@@ -1019,7 +1136,7 @@ int settle(struct bpf_raw_tracepoint_args *ctx)
 	if (level == VIRTEXIT_LEVEL_OFF) {
 		tid = pub->tid;
 		bpf_map_delete_elem(&threads, &tid);
-		retire(index, now);
+		retire(pub, now);
 	} else if (own_of(pub)->level > level) {
 		set_level(pub, level, 0, now);
 	}

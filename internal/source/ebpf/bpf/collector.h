@@ -31,6 +31,7 @@ enum {
  * struct vx_own - what is known of a slot beyond its counters; in its reserved2
  * @task: thread being counted; 0 unless LIVE
  * @vcpu: that it ran last
+ * @vmcb: of the vCPU, where it may be taken for the one in use: see first_vmcb()
  * @look: @want has changed; set by the process
  * @slow: why the fast path is not for this slot
  * @switches: the thread's context switches up to the last entry; ~0 when there is
@@ -45,10 +46,12 @@ enum {
  * @want: at which it is to be counted; set by the process
  * @measure: on so many more exits the cost of the fast path
  * @next: another slot of the thread, + 1
+ * @late: when an exit occurred is to be had from the guest's TSC
  */
 struct vx_own {
 	__u64 task;
 	__u64 vcpu;
+	__u64 vmcb;
 	__u32 look;
 	__u32 slow;
 	__u64 switches;
@@ -62,7 +65,7 @@ struct vx_own {
 	__u32 want;
 	__u32 measure;
 	__u32 next;
-	__u32 pad;
+	__u32 late;
 };
 
 /**
