@@ -387,6 +387,8 @@ func (s *suite) recent(t *testing.T) {
 	if uint64(len(all)) != slot.Recent-first.Recent {
 		t.Fatalf("%d exits, %d are logged", len(all), slot.Recent-first.Recent)
 	}
+	// VMX keeps it where only VMREAD gets at it, and BPF has no such thing.
+	hidden := info(t, src).Collector == "ebpf" && slot.ISA == exitreason.VMX
 	cpuid := 0
 	for i, e := range all {
 		if e.Number != slot.Recent-1-uint64(i) {
@@ -403,8 +405,8 @@ func (s *suite) recent(t *testing.T) {
 		}
 		if e.Code == codes[slot.ISA][CPUID] {
 			cpuid++
-			if e.RIP == 0 {
-				t.Errorf("exit %d has no instruction pointer", e.Number)
+			if (e.RIP == 0) != hidden {
+				t.Errorf("exit %d: instruction pointer %#x; hidden: %t", e.Number, e.RIP, hidden)
 			}
 		}
 	}
