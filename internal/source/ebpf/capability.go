@@ -7,8 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"virtexit/internal/source"
 )
@@ -49,6 +53,35 @@ func able(root string) error {
 		return fmt.Errorf("%w: needs %s: %w", source.ErrUnavailable, strings.Join(missing, " and "), os.ErrPermission)
 	}
 	return nil
+}
+
+// refused says what it means that the kernel did not load a program that does no
+// more than read its memory: files and capabilities do not tell all. The error is
+// source.ErrUnavailable.
+func refused(err error) error {
+	why := "the kernel refuses BPF programs"
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ebpf.ErrNotSupported):
+		why = "BPF may not read the kernel's memory, as when that is locked down for confidentiality"
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES), errors.Is(err, unix.ENOSYS):
+		why = "the system call bpf is refused, as by a seccomp filter or a security module"
+	}
+	return fmt.Errorf("%w: %s: %w", source.ErrUnavailable, why, err)
+}
+
+// place is the line at which the verifier refused a program; empty: it tells none.
+func place(err error) string {
+	var verifier *ebpf.VerifierError
+	if errors.As(err, &verifier) {
+		for _, line := range slices.Backward(verifier.Log) {
+			if line, ok := strings.CutPrefix(line, "; "); ok {
+				return " at " + strconv.Quote(line)
+			}
+		}
+	}
+	return ""
 }
 
 func effectiveCapabilities(status string) (uint64, error) {

@@ -16,6 +16,8 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
 
@@ -110,6 +112,9 @@ func New(o Options) (*Collector, error) {
 
 func (c *Collector) open() error {
 	if err := able("/"); err != nil {
+		return err
+	}
+	if err := refused(features.HaveProgramHelper(ebpf.RawTracepoint, asm.FnProbeReadKernel)); err != nil {
 		return err
 	}
 	var err error
@@ -326,7 +331,7 @@ func (c *Collector) load(found loading, vendor int) error {
 		MapReplacements: c.maps,
 	})
 	if err != nil {
-		return fmt.Errorf("the kernel refuses the programs: %w", err)
+		return fmt.Errorf("the kernel refuses the programs%s: %w", place(err), err)
 	}
 	programs.Programs[collectorProgKvmExit] = programs.Programs[exit]
 	c.programs, c.kvm = programs, k
@@ -357,8 +362,10 @@ func (c *Collector) attach(names ...string) error {
 			event = "sched_process_exec"
 		}
 		l, err := link.AttachRawTracepoint(link.RawTracepointOptions{Name: event, Program: c.programs.Programs[name]})
-		if err != nil {
-			return fmt.Errorf("event %s: %w", event, err)
+		if errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("the kernel has no event %s: %w", event, err)
+		} else if err != nil {
+			return fmt.Errorf("attach to the event %s: %w", event, err)
 		}
 		c.links[name] = l
 	}

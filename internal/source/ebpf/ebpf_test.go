@@ -5,11 +5,15 @@ package ebpf
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"virtexit/internal/source"
 )
@@ -103,6 +107,54 @@ func TestAble(t *testing.T) {
 				t.Errorf("error is %v, want %v", err, source.ErrUnavailable)
 			case tt.permission != errors.Is(err, os.ErrPermission):
 				t.Errorf("error is %v: of permission: %t, want %t", err, !tt.permission, tt.permission)
+			}
+		})
+	}
+}
+
+func TestRefused(t *testing.T) {
+	tests := []struct {
+		name string
+		err  error
+		text string // empty: no error
+	}{
+		{"loaded", nil, ""},
+		{"no such helper", fmt.Errorf("probe: %w", ebpf.ErrNotSupported), "locked down for confidentiality"},
+		{"seccomp", fmt.Errorf("probe: %w", unix.EPERM), "seccomp"},
+		{"security module", fmt.Errorf("probe: %w", unix.EACCES), "security module"},
+		{"no such call", fmt.Errorf("probe: %w", unix.ENOSYS), "system call bpf"},
+		{"other", unix.ENOMEM, "cannot allocate memory"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			err := refused(tt.err)
+			if tt.text == "" {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			if !errors.Is(err, source.ErrUnavailable) || !errors.Is(err, tt.err) || !strings.Contains(err.Error(), tt.text) {
+				t.Errorf("error is %v, want %v and %v with %q", err, source.ErrUnavailable, tt.err, tt.text)
+			}
+		})
+	}
+}
+
+func TestPlace(t *testing.T) {
+	log := []string{"; u32 id = READ(kvm_vcpu, vcpu, vcpu_id);", "0: (79) r6 = *(u64 *)(r1 +0)", "; return READ(kvm_vcpu, vcpu, stat.generic.halt_wait_ns);", "1: <invalid CO-RE relocation>", "processed 2 insns"}
+	for _, tt := range []struct {
+		name string
+		err  error
+		want string
+	}{
+		{"verifier", fmt.Errorf("program: %w", &ebpf.VerifierError{Cause: unix.EINVAL, Log: log}), ` at "return READ(kvm_vcpu, vcpu, stat.generic.halt_wait_ns);"`},
+		{"no source", &ebpf.VerifierError{Cause: unix.EINVAL, Log: log[3:]}, ""},
+		{"other", unix.EINVAL, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := place(tt.err); got != tt.want {
+				t.Errorf("place is %q, want %q", got, tt.want)
 			}
 		})
 	}

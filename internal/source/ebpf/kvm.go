@@ -104,7 +104,7 @@ func describeKVM(vendor int) (*kvm, error) {
 func prototype(spec *btf.Spec, event string) (string, error) {
 	var def *btf.Typedef
 	if err := spec.TypeByName("btf_trace_"+event, &def); err != nil {
-		return "", fmt.Errorf("the kvm module has no event %s: %w", event, err)
+		return "", fmt.Errorf("the module kvm does not describe an event %s (CONFIG_DEBUG_INFO_BTF_MODULES): %w", event, err)
 	}
 	pointer, ok := btf.UnderlyingType(def.Type).(*btf.Pointer)
 	if !ok {
