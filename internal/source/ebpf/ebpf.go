@@ -7,6 +7,7 @@
 package ebpf
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -262,7 +263,12 @@ func (c *Collector) processLevel(p snapshot.Process) snapshot.Level {
 func (c *Collector) update() {
 	found, vendor := findKVM("/")
 	if found != c.of {
-		c.forget()
+		// Nothing is missed where a vendor's module that was loaded anew is the same.
+		if c.programs != nil && found.kvm == c.of.kvm && c.kvm.raw != nil && bytes.Equal(rawTypes(vendor), c.kvm.raw) {
+			c.of = found
+		} else {
+			c.forget()
+		}
 	}
 	c.now.kvm = found.kvm != 0
 	want := snapshot.Off

@@ -19,6 +19,7 @@ type kvm struct {
 	isa   exitreason.ISA
 	given bool        // kvm_exit has the reason among its arguments
 	types []*btf.Spec // of KVM's modules
+	raw   []byte      // the types of the vendor's module; nil: it has none of its own
 }
 
 // loading tells one loading of KVM's modules from another; zero: they are not there.
@@ -51,13 +52,25 @@ func inode(path string) uint64 {
 	return info.Sys().(*syscall.Stat_t).Ino
 }
 
+// rawTypes is how the module of a vendor describes its types; nil: it does not.
+func rawTypes(vendor int) []byte {
+	if vendor < 0 {
+		return nil
+	}
+	raw, err := os.ReadFile(filepath.Join("/sys/kernel/btf", vendors[vendor].module))
+	if err != nil {
+		return nil
+	}
+	return raw
+}
+
 // describeKVM reads the types of KVM's modules.
 func describeKVM(vendor int) (*kvm, error) {
 	if vendor < 0 {
 		return nil, errors.New("no vendor module is loaded whose exits are known (kvm_amd, kvm_intel)")
 	}
 	v := vendors[vendor]
-	k := &kvm{isa: v.isa}
+	k := &kvm{isa: v.isa, raw: rawTypes(vendor)}
 	var events *btf.Spec // where the prototypes are
 	for _, module := range []string{"kvm", v.module} {
 		spec, err := btf.LoadKernelModuleSpec(module)

@@ -5,9 +5,23 @@
 package kernel
 
 import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
 	"testing"
+	"time"
+	"unsafe"
 
+	cilium "github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+
+	"virtexit/internal/abi"
 	"virtexit/internal/exitreason"
+	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
 	"virtexit/internal/source/ebpf"
 	"virtexit/internal/source/sourcetest"
@@ -16,6 +30,9 @@ import (
 
 func newCollector(t testing.TB, o ebpf.Options) *ebpf.Collector {
 	t.Helper()
+	if _, err := os.Stat("/sys/module/kvm"); err == nil && !typed() {
+		t.Skip("machine: this build of KVM does not describe its types")
+	}
 	o.Version = "test"
 	c, err := ebpf.New(o)
 	if err != nil {
@@ -29,6 +46,13 @@ func newCollector(t testing.TB, o ebpf.Options) *ebpf.Collector {
 	return c
 }
 
+// typed tells whether the KVM that is loaded describes its types. A patched one
+// does where the kernel's headers have what it takes, as those of 6.12 do.
+func typed() bool {
+	_, err := os.Stat("/sys/kernel/btf/kvm")
+	return err == nil
+}
+
 // TestEBPF holds the eBPF collector to what all collectors share.
 func TestEBPF(t *testing.T) {
 	inside.LoadKVM(t)
@@ -38,4 +62,164 @@ func TestEBPF(t *testing.T) {
 	}
 	c := newCollector(t, ebpf.Options{})
 	sourcetest.Run(t, func() (source.Source, error) { return c.Open() }, generator(exits))
+}
+
+// TestEBPFFollowsKVM exchanges KVM's modules under a lease. As long as programs
+// are attached kvm.ko cannot go; they are not when the vendor's module has gone.
+func TestEBPFFollowsKVM(t *testing.T) {
+	c := newCollector(t, ebpf.Options{})
+	s, err := c.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetLevel(snapshot.Time); err != nil {
+		t.Fatal(err)
+	}
+	info := func() source.Info {
+		t.Helper()
+		i, err := s.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i
+	}
+	want := uint64(0)
+	for _, tc := range []struct {
+		kvm    inside.Build
+		rounds int
+	}{{inside.Stock, 2}, {inside.Patched, 1}, {inside.Stock, 1}} {
+		t.Run(string(tc.kvm), func(t *testing.T) {
+			inside.ExchangeKVM(t, tc.kvm, tc.kvm)
+			t.Setenv(inside.KVMVar, string(tc.kvm))
+			if !typed() {
+				inside.Eventually(t, "KVM without types to be refused", 5*time.Second, func() bool {
+					i := info()
+					return i.Level == snapshot.Off && strings.Contains(i.Refused, "CONFIG_DEBUG_INFO_BTF_MODULES")
+				})
+				return
+			}
+			for round := range tc.rounds {
+				if round > 0 { // the vendor's module alone
+					inside.Remove(t, inside.Host(t).Module)
+					inside.LoadKVM(t)
+				}
+				inside.Eventually(t, "collection", 5*time.Second, func() bool { return info().Level == snapshot.Time })
+				if i := info(); i.Refused != "" || i.ISA != inside.Host(t).ISA {
+					t.Errorf("%+v", i)
+				}
+				vm := newVM(t, 1)
+				// Until KVM has been looked after once more.
+				for start := time.Now(); time.Since(start) < 1500*time.Millisecond; {
+					run(t, vm.VCPUs[0], "cpuid:50,hlt:5,out:0x80:5")
+				}
+				want += kvmExits(t, vm.VCPUs[0])
+				if got := snap(t, s).Exits(); got != want {
+					t.Errorf("round %d: %d exits, want %d", round, got, want)
+				}
+				if err := vm.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// TestEBPFReasonGiven runs the program for kernels before 5.16, whose kvm_exit
+// has the reason among its arguments, with such arguments. The vCPU is none.
+func TestEBPFReasonGiven(t *testing.T) {
+	const object = "../../../internal/source/ebpf/collector_bpfel.o"
+	if _, err := os.Stat(object); errors.Is(err, os.ErrNotExist) {
+		t.Skip("machine: it does not see the host's files")
+	}
+	inside.LoadKVM(t)
+	newCollector(t, ebpf.Options{}) // or there is no need
+	spec, err := cilium.LoadCollectionSpec(object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	delete(spec.Programs, "kvm_exit")
+	const slots = 64
+	for name, entries := range map[string]uint32{"chunks": 1, "rings": slots, "cpus": uint32(cilium.MustPossibleCPU()), "free_slots": slots, "threads": slots} {
+		spec.Maps[name].MaxEntries = entries
+	}
+	isa := inside.Host(t).ISA
+	for name, value := range map[string]uint32{"vx_isa": uint32(isa), "vx_given": 1, "vx_take_level": uint32(snapshot.Count)} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var types []*btf.Spec
+	for _, module := range []string{"kvm", inside.Host(t).Module} {
+		spec, err := btf.LoadKernelModuleSpec(module)
+		if err != nil {
+			t.Fatal(err)
+		}
+		types = append(types, spec)
+	}
+	c, err := cilium.NewCollectionWithOptions(spec, cilium.CollectionOptions{Programs: cilium.ProgramOptions{ExtraRelocationTargets: types}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	chunk, err := cilium.NewMap(spec.Maps["chunks"].InnerMap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { chunk.Close() })
+	if err := errors.Join(c.Maps["chunks"].Put(uint32(0), chunk), c.Maps["free_slots"].Put(nil, uint32(0))); err != nil {
+		t.Fatal(err)
+	}
+
+	runtime.LockOSThread() // the slot is this thread's
+	defer runtime.UnlockOSThread()
+	const reason, times = 0x72, 3
+	for range times {
+		if _, err := c.Programs["kvm_exit_given"].Run(&cilium.RunOptions{Context: [3]uint64{reason, 0, uint64(isa)}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var slot abi.Slot
+	if err := chunk.Lookup(uint32(0), unsafe.Slice((*byte)(unsafe.Pointer(&slot)), unsafe.Sizeof(slot))); err != nil {
+		t.Fatal(err)
+	}
+	if slot.TID != uint32(unix.Gettid()) || slot.NumRows != 1 || slot.Rows[0].Code != reason || slot.Rows[0].Count != times {
+		t.Errorf("slot of thread %d with %d rows, the first %d exits of code %#x; want %d, 1, %d, %#x",
+			slot.TID, slot.NumRows, slot.Rows[0].Count, slot.Rows[0].Code, unix.Gettid(), times, reason)
+	}
+}
+
+// TestEBPFFiltered has a process that may not call bpf(2), whatever its capabilities.
+func TestEBPFFiltered(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestWithoutBPF$")
+	cmd.Env = append(os.Environ(), "VIRTEXIT_TEST_WITHOUT_BPF=1")
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "the system call bpf is refused") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// TestWithoutBPF is the other process of TestEBPFFiltered.
+func TestWithoutBPF(t *testing.T) {
+	if os.Getenv("VIRTEXIT_TEST_WITHOUT_BPF") == "" {
+		return
+	}
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}, // seccomp_data.nr
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_BPF, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if _, _, err := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program))); err != 0 {
+		t.Fatal(err)
+	}
+	c, err := ebpf.New(ebpf.Options{})
+	if err == nil {
+		c.Close()
+		t.Fatal("there is a collector")
+	}
+	if !errors.Is(err, source.ErrUnavailable) {
+		t.Errorf("%v is not %v", err, source.ErrUnavailable)
+	}
+	fmt.Println(err)
 }
