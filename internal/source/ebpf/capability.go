@@ -66,7 +66,7 @@ func refused(err error) error {
 	case errors.Is(err, ebpf.ErrNotSupported):
 		why = "BPF may not read the kernel's memory, as when that is locked down for confidentiality"
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES), errors.Is(err, unix.ENOSYS):
-		why = "the system call bpf is refused, as by a seccomp filter or a security module"
+		why = "the system call bpf is refused, as by a seccomp filter, by a security module or in a user namespace"
 	}
 	return fmt.Errorf("%w: %s: %w", source.ErrUnavailable, why, err)
 }

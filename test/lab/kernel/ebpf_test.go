@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unsafe"
@@ -188,30 +189,33 @@ func TestEBPFReasonGiven(t *testing.T) {
 	}
 }
 
-// TestEBPFFiltered has a process that may not call bpf(2), whatever its capabilities.
-func TestEBPFFiltered(t *testing.T) {
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestWithoutBPF$")
-	cmd.Env = append(os.Environ(), "VIRTEXIT_TEST_WITHOUT_BPF=1")
-	out, err := cmd.CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "the system call bpf is refused") {
-		t.Errorf("%v\n%s", err, out)
+// TestEBPFForbidden has processes that may not call bpf(2), whatever their capabilities.
+func TestEBPFForbidden(t *testing.T) {
+	for how, attr := range map[string]*syscall.SysProcAttr{
+		"seccomp filter": {},
+		"user namespace": {Cloneflags: unix.CLONE_NEWUSER, UidMappings: []syscall.SysProcIDMap{{HostID: 0, Size: 1}}},
+	} {
+		t.Run(how, func(t *testing.T) {
+			cmd := exec.Command("/proc/self/exe", "-test.run=^TestWithoutBPF$")
+			cmd.Env = append(os.Environ(), withoutVar+"="+how)
+			cmd.SysProcAttr = attr
+			out, err := cmd.CombinedOutput()
+			if err != nil || !strings.Contains(string(out), "the system call bpf is refused") {
+				t.Errorf("%v\n%s", err, out)
+			}
+		})
 	}
 }
 
-// TestWithoutBPF is the other process of TestEBPFFiltered.
+const withoutVar = "VIRTEXIT_TEST_WITHOUT_BPF"
+
+// TestWithoutBPF is the other process of TestEBPFForbidden.
 func TestWithoutBPF(t *testing.T) {
-	if os.Getenv("VIRTEXIT_TEST_WITHOUT_BPF") == "" {
+	switch os.Getenv(withoutVar) {
+	case "":
 		return
-	}
-	filter := []unix.SockFilter{
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}, // seccomp_data.nr
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_BPF, Jf: 1},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
-	}
-	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	if _, _, err := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program))); err != 0 {
-		t.Fatal(err)
+	case "seccomp filter":
+		filterBPF(t)
 	}
 	c, err := ebpf.New(ebpf.Options{})
 	if err == nil {
@@ -222,4 +226,18 @@ func TestWithoutBPF(t *testing.T) {
 		t.Errorf("%v is not %v", err, source.ErrUnavailable)
 	}
 	fmt.Println(err)
+}
+
+// filterBPF has the kernel refuse bpf(2) to this process from now on.
+func filterBPF(t *testing.T) {
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}, // seccomp_data.nr
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_BPF, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if _, _, err := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program))); err != 0 {
+		t.Fatal(err)
+	}
 }
