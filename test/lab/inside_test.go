@@ -32,6 +32,7 @@ func TestInside(t *testing.T) {
 		{"kernel/6.1-rt SVM", pkg + "kernel", Config{Kernel: "6.1-rt", Timeout: 10 * time.Minute}},
 		{"kernel/6.12-rt SVM", pkg + "kernel", Config{Kernel: "6.12-rt", Timeout: 10 * time.Minute}},
 		{"lockdown/6.1 SVM", pkg + "lockdown", Config{Kernel: "6.1", Cmdline: "lockdown=integrity", Timeout: 10 * time.Minute}},
+		{"lockdown/6.12 SVM", pkg + "lockdown", Config{Kernel: "6.12", Cmdline: "lockdown=integrity", Timeout: 10 * time.Minute}},
 		{"guest/6.1 SVM", pkg + "guest", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
 		{"guest/6.12 SVM", pkg + "guest", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},
 		{"cost/6.1 SVM", pkg + "cost", Config{Kernel: "6.1", Icount: true, Timeout: 10 * time.Minute}},

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
 	"virtexit/internal/source"
@@ -55,15 +56,30 @@ func able(root string) error {
 	return nil
 }
 
-// refused says what it means that the kernel did not load a program that does no
-// more than read its memory: files and capabilities do not tell all. The error is
-// source.ErrUnavailable.
+// probe has the kernel load a program that does no more than read its memory:
+// files and capabilities do not tell all.
+func probe() error {
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.RawTracepoint, License: "GPL",
+		Instructions: asm.Instructions{
+			asm.Mov.Reg(asm.R1, asm.RFP), asm.Add.Imm(asm.R1, -8), asm.Mov.Imm(asm.R2, 8), asm.Mov.Imm(asm.R3, 0),
+			asm.FnProbeReadKernel.Call(),
+			asm.Mov.Imm(asm.R0, 0), asm.Return(),
+		},
+	})
+	if err != nil {
+		return err
+	}
+	return p.Close()
+}
+
+// refused says what the error of probe means; it is source.ErrUnavailable.
 func refused(err error) error {
 	why := "the kernel refuses BPF programs"
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, ebpf.ErrNotSupported):
+	case errors.Is(err, unix.EINVAL):
 		why = "BPF may not read the kernel's memory, as when that is locked down for confidentiality"
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES), errors.Is(err, unix.ENOSYS):
 		why = "the system call bpf is refused, as by a seccomp filter, by a security module or in a user namespace"

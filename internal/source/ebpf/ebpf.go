@@ -17,8 +17,6 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
 
@@ -115,7 +113,7 @@ func (c *Collector) open() error {
 	if err := able("/"); err != nil {
 		return err
 	}
-	if err := refused(features.HaveProgramHelper(ebpf.RawTracepoint, asm.FnProbeReadKernel)); err != nil {
+	if err := refused(probe()); err != nil {
 		return err
 	}
 	var err error

@@ -119,7 +119,7 @@ func TestRefused(t *testing.T) {
 		text string // empty: no error
 	}{
 		{"loaded", nil, ""},
-		{"no such helper", fmt.Errorf("probe: %w", ebpf.ErrNotSupported), "locked down for confidentiality"},
+		{"no such helper", fmt.Errorf("probe: %w", &ebpf.VerifierError{Cause: unix.EINVAL}), "locked down for confidentiality"},
 		{"seccomp", fmt.Errorf("probe: %w", unix.EPERM), "seccomp"},
 		{"security module", fmt.Errorf("probe: %w", unix.EACCES), "security module"},
 		{"no such call", fmt.Errorf("probe: %w", unix.ENOSYS), "system call bpf"},
