@@ -87,13 +87,15 @@ func refused(err error) error {
 	return fmt.Errorf("%w: %s: %w", source.ErrUnavailable, why, err)
 }
 
-// place is the line at which the verifier refused a program; empty: it tells none.
-func place(err error) string {
+// near is the line of source up to which the verifier came that refused a program,
+// or empty: where a member is read that this kernel lacks, it names the member.
+func near(err error) string {
 	var verifier *ebpf.VerifierError
 	if errors.As(err, &verifier) {
 		for _, line := range slices.Backward(verifier.Log) {
-			if line, ok := strings.CutPrefix(line, "; "); ok {
-				return " at " + strconv.Quote(line)
+			line, ok := strings.CutPrefix(line, "; ")
+			if ok && line != "instruction poisoned by CO-RE" { // the library's mark on what reads it
+				return " near " + strconv.Quote(line)
 			}
 		}
 	}

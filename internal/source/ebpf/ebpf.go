@@ -335,7 +335,7 @@ func (c *Collector) load(found loading, vendor int) error {
 		MapReplacements: c.maps,
 	})
 	if err != nil {
-		return fmt.Errorf("the kernel refuses the programs%s: %w", place(err), err)
+		return fmt.Errorf("the kernel refuses the programs%s: %w", near(err), err)
 	}
 	programs.Programs[collectorProgKvmExit] = programs.Programs[exit]
 	c.programs, c.kvm = programs, k

@@ -141,20 +141,23 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-func TestPlace(t *testing.T) {
-	log := []string{"; u32 id = READ(kvm_vcpu, vcpu, vcpu_id);", "0: (79) r6 = *(u64 *)(r1 +0)", "; return READ(kvm_vcpu, vcpu, stat.generic.halt_wait_ns);", "1: <invalid CO-RE relocation>", "processed 2 insns"}
+func TestNear(t *testing.T) {
+	log := []string{
+		"; u32 id = READ(kvm_vcpu, vcpu, vcpu_id);", "0: (79) r6 = *(u64 *)(r1 +0)", "; return READ(kvm_vcpu, vcpu, stat.generic.halt_wait_ns);", "1: (b7) r1 = 0",
+		"; instruction poisoned by CO-RE", "2: (85) call unknown#195896080", "invalid func unknown#195896080", "processed 3 insns (limit 1000000)",
+	}
 	for _, tt := range []struct {
 		name string
 		err  error
 		want string
 	}{
-		{"verifier", fmt.Errorf("program: %w", &ebpf.VerifierError{Cause: unix.EINVAL, Log: log}), ` at "return READ(kvm_vcpu, vcpu, stat.generic.halt_wait_ns);"`},
+		{"no member", fmt.Errorf("program: %w", &ebpf.VerifierError{Cause: unix.EINVAL, Log: log}), ` near "return READ(kvm_vcpu, vcpu, stat.generic.halt_wait_ns);"`},
 		{"no source", &ebpf.VerifierError{Cause: unix.EINVAL, Log: log[3:]}, ""},
 		{"other", unix.EINVAL, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := place(tt.err); got != tt.want {
-				t.Errorf("place is %q, want %q", got, tt.want)
+			if got := near(tt.err); got != tt.want {
+				t.Errorf("near is %q, want %q", got, tt.want)
 			}
 		})
 	}
