@@ -35,9 +35,13 @@ const (
 	HookTracepoint = 0x1
 	HookPatch      = 0x2
 
-	ISANone = 0x0
-	ISAVMX  = 0x1
-	ISASVM  = 0x2
+	ISANone  = 0x0
+	ISAVMX   = 0x1
+	ISASVM   = 0x2
+	ISAARM64 = 0x100
+
+	ARM64Type   = 0x40
+	ARM64SError = 0x80000000
 
 	Free    = 0x0
 	Live    = 0x1

@@ -254,7 +254,7 @@ func copyCounters(p *abi.Slot, s *snapshot.Slot, last copied) error {
 	rows := atomic.LoadUint32(&p.NumRows)
 	level := snapshot.Level(atomic.LoadUint32(&p.Level))
 	switch {
-	case isa > exitreason.SVM:
+	case isa > exitreason.SVM && isa != exitreason.ARM64:
 		return fmt.Errorf("isa is %d", uint32(isa))
 	case rows > abi.NumRows:
 		return fmt.Errorf("%d rows, of %d", rows, abi.NumRows)

@@ -174,11 +174,25 @@ enum virtexit_hook {
 	VIRTEXIT_HOOK_PATCH,		/* the hook of a patched KVM */
 };
 
-/* As KVM numbers them in its kvm_exit event. */
+/*
+ * As KVM numbers them in its kvm_exit event on x86; that of arm64 has no number,
+ * so it is one that x86 will not come to.
+ */
 enum virtexit_isa {
 	VIRTEXIT_ISA_NONE,
 	VIRTEXIT_ISA_VMX,
 	VIRTEXIT_ISA_SVM,
+	VIRTEXIT_ISA_ARM64 = 0x100,
+};
+
+/*
+ * arm64's codes: the exception class (6 bits) of an exit that trapped; of another,
+ * KVM's own ARM_EXCEPTION_ number in addition to TYPE. With either, SERROR where
+ * an SError was pending.
+ */
+enum {
+	VIRTEXIT_ARM64_TYPE = 0x40,
+	VIRTEXIT_ARM64_SERROR = 1U << 31,
 };
 
 enum virtexit_state {
@@ -193,7 +207,8 @@ enum virtexit_row_flags {
 
 /**
  * struct virtexit_row - the exits that one thread took for one reason
- * @code: the hardware's exit code; VMX: the full 32-bit exit reason
+ * @code: the hardware's exit code; VMX: the full 32-bit exit reason;
+ *	arm64: see above
  * @flags: enum virtexit_row_flags
  * @count: exits
  * @time: cycles of handling

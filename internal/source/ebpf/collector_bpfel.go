@@ -69,7 +69,9 @@ const (
 	collectorMapRings             = "rings"
 	collectorMapThreads           = "threads"
 	collectorProgKvmEntry         = "kvm_entry"
+	collectorProgKvmEntryArm64    = "kvm_entry_arm64"
 	collectorProgKvmExit          = "kvm_exit"
+	collectorProgKvmExitArm64     = "kvm_exit_arm64"
 	collectorProgKvmExitGiven     = "kvm_exit_given"
 	collectorProgKvmUserspaceExit = "kvm_userspace_exit"
 	collectorProgKvmVcpuWakeup    = "kvm_vcpu_wakeup"
@@ -135,7 +137,9 @@ type collectorSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type collectorProgramSpecs struct {
 	KvmEntry         *ebpf.ProgramSpec `ebpf:"kvm_entry"`
+	KvmEntryArm64    *ebpf.ProgramSpec `ebpf:"kvm_entry_arm64"`
 	KvmExit          *ebpf.ProgramSpec `ebpf:"kvm_exit"`
+	KvmExitArm64     *ebpf.ProgramSpec `ebpf:"kvm_exit_arm64"`
 	KvmExitGiven     *ebpf.ProgramSpec `ebpf:"kvm_exit_given"`
 	KvmUserspaceExit *ebpf.ProgramSpec `ebpf:"kvm_userspace_exit"`
 	KvmVcpuWakeup    *ebpf.ProgramSpec `ebpf:"kvm_vcpu_wakeup"`
@@ -240,7 +244,9 @@ type collectorVariables struct {
 // It can be passed to loadCollectorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type collectorPrograms struct {
 	KvmEntry         *ebpf.Program `ebpf:"kvm_entry"`
+	KvmEntryArm64    *ebpf.Program `ebpf:"kvm_entry_arm64"`
 	KvmExit          *ebpf.Program `ebpf:"kvm_exit"`
+	KvmExitArm64     *ebpf.Program `ebpf:"kvm_exit_arm64"`
 	KvmExitGiven     *ebpf.Program `ebpf:"kvm_exit_given"`
 	KvmUserspaceExit *ebpf.Program `ebpf:"kvm_userspace_exit"`
 	KvmVcpuWakeup    *ebpf.Program `ebpf:"kvm_vcpu_wakeup"`
@@ -252,7 +258,9 @@ type collectorPrograms struct {
 func (p *collectorPrograms) Close() error {
 	return _CollectorClose(
 		p.KvmEntry,
+		p.KvmEntryArm64,
 		p.KvmExit,
+		p.KvmExitArm64,
 		p.KvmExitGiven,
 		p.KvmUserspaceExit,
 		p.KvmVcpuWakeup,

@@ -313,12 +313,15 @@ func (c *Collector) load(found loading, vendor int) error {
 	}
 	spec := c.spec.Copy()
 	given := uint32(0)
-	exit, other := collectorProgKvmExit, collectorProgKvmExitGiven
 	if k.given {
 		given = 1
-		exit, other = other, exit
 	}
-	delete(spec.Programs, other)
+	for _, name := range []string{collectorProgKvmExit, collectorProgKvmExitGiven, collectorProgKvmExitArm64,
+		collectorProgKvmEntry, collectorProgKvmEntryArm64} {
+		if name != k.exit && name != k.entry {
+			delete(spec.Programs, name)
+		}
+	}
 	direct, err := canCast()
 	if err != nil {
 		return err
@@ -337,7 +340,8 @@ func (c *Collector) load(found loading, vendor int) error {
 	if err != nil {
 		return fmt.Errorf("the kernel refuses the programs%s: %w", near(err), err)
 	}
-	programs.Programs[collectorProgKvmExit] = programs.Programs[exit]
+	programs.Programs[collectorProgKvmExit] = programs.Programs[k.exit]
+	programs.Programs[collectorProgKvmEntry] = programs.Programs[k.entry]
 	c.programs, c.kvm = programs, k
 	c.now.isa = k.isa
 	return nil

@@ -16,10 +16,11 @@ import (
 
 // kvm is what the programs must know of the KVM that is loaded.
 type kvm struct {
-	isa   exitreason.ISA
-	given bool        // kvm_exit has the reason among its arguments
-	types []*btf.Spec // of KVM's modules
-	raw   []byte      // the types of the vendor's module; nil: it has none of its own
+	isa         exitreason.ISA
+	given       bool        // kvm_exit has the reason among its arguments
+	exit, entry string      // programs for the events of these names
+	types       []*btf.Spec // of KVM's modules
+	raw         []byte      // the types of the vendor's module; nil: it has none of its own
 }
 
 // loading tells one loading of KVM's modules from another; zero: they are not there.
@@ -66,58 +67,78 @@ func rawTypes(vendor int) []byte {
 
 // describeKVM reads the types of KVM's modules.
 func describeKVM(vendor int) (*kvm, error) {
-	if vendor < 0 {
-		return nil, errors.New("no vendor module is loaded whose exits are known (kvm_amd, kvm_intel)")
-	}
-	v := vendors[vendor]
-	k := &kvm{isa: v.isa, raw: rawTypes(vendor)}
-	var events *btf.Spec // where the prototypes are
-	for _, module := range []string{"kvm", v.module} {
-		spec, err := btf.LoadKernelModuleSpec(module)
-		if errors.Is(err, os.ErrNotExist) { // built in
-			if spec, err = btf.LoadKernelSpec(); err != nil {
-				return nil, fmt.Errorf("the kernel's types: %w", err)
-			}
-		} else if err != nil {
-			return nil, fmt.Errorf("the types of module %s: %w", module, err)
-		} else {
-			k.types = append(k.types, spec)
-		}
-		if events == nil {
-			events = spec
-		}
-		if module != "kvm" {
-			var s *btf.Struct
-			if err := spec.TypeByName(v.structure, &s); err != nil {
-				return nil, fmt.Errorf("module %s does not describe struct %s (CONFIG_DEBUG_INFO_BTF_MODULES): %w", module, v.structure, err)
-			}
-		}
-	}
-	args, err := prototype(events, "kvm_exit")
+	k := &kvm{raw: rawTypes(vendor)}
+	events, err := k.describe("kvm") // where the prototypes are
 	if err != nil {
 		return nil, err
 	}
-	switch args {
-	case "vcpu other":
-	case "other vcpu other":
-		k.given = true
+	var s *btf.Struct
+	switch {
+	case vendor >= 0:
+		v := vendors[vendor]
+		k.isa = v.isa
+		spec, err := k.describe(v.module)
+		if err != nil {
+			return nil, err
+		}
+		if err := spec.TypeByName(v.structure, &s); err != nil {
+			return nil, fmt.Errorf("module %s does not describe struct %s (CONFIG_DEBUG_INFO_BTF_MODULES): %w", v.module, v.structure, err)
+		}
+	case events.TypeByName("kvm_vcpu_fault_info", &s) == nil: // the ESR of an exit, in arm64's KVM alone
+		k.isa = exitreason.ARM64
 	default:
-		return nil, fmt.Errorf("the event kvm_exit has unknown arguments (%s)", args)
+		return nil, errors.New("no vendor module is loaded whose exits are known (kvm_amd, kvm_intel)")
 	}
-	if args, err = prototype(events, "kvm_entry"); err != nil {
+	exit, err := prototype(events, "kvm_exit")
+	if err != nil {
 		return nil, err
 	}
-	if args != "vcpu" && args != "vcpu other" {
-		return nil, fmt.Errorf("the event kvm_entry has unknown arguments (%s)", args)
+	entry, err := prototype(events, "kvm_entry")
+	if err != nil {
+		return nil, err
+	}
+	k.exit, k.entry = collectorProgKvmExit, collectorProgKvmEntry
+	arm64 := k.isa == exitreason.ARM64
+	switch {
+	case !arm64 && exit == "vcpu other":
+	case !arm64 && exit == "other vcpu other":
+		k.given, k.exit = true, collectorProgKvmExitGiven
+	case arm64 && exit == "other other other":
+		k.given, k.exit = true, collectorProgKvmExitArm64
+	default:
+		return nil, fmt.Errorf("the event kvm_exit has unknown arguments (%s)", exit)
+	}
+	switch {
+	case !arm64 && (entry == "vcpu" || entry == "vcpu other"):
+	case arm64 && entry == "other":
+		k.entry = collectorProgKvmEntryArm64
+	default:
+		return nil, fmt.Errorf("the event kvm_entry has unknown arguments (%s)", entry)
 	}
 	return k, nil
+}
+
+// describe reads the types of a module, or of the kernel that has it built in.
+func (k *kvm) describe(module string) (*btf.Spec, error) {
+	spec, err := btf.LoadKernelModuleSpec(module)
+	switch {
+	case err == nil:
+		k.types = append(k.types, spec)
+	case errors.Is(err, os.ErrNotExist):
+		if spec, err = btf.LoadKernelSpec(); err != nil {
+			return nil, fmt.Errorf("the kernel's types: %w", err)
+		}
+	default:
+		return nil, fmt.Errorf("the types of module %s: %w", module, err)
+	}
+	return spec, nil
 }
 
 // prototype tells which arguments of an event are vCPUs.
 func prototype(spec *btf.Spec, event string) (string, error) {
 	var def *btf.Typedef
 	if err := spec.TypeByName("btf_trace_"+event, &def); err != nil {
-		return "", fmt.Errorf("the module kvm does not describe an event %s (CONFIG_DEBUG_INFO_BTF_MODULES): %w", event, err)
+		return "", fmt.Errorf("KVM does not describe an event %s (CONFIG_DEBUG_INFO_BTF_MODULES): %w", event, err)
 	}
 	pointer, ok := btf.UnderlyingType(def.Type).(*btf.Pointer)
 	if !ok {

@@ -27,6 +27,9 @@ func (c *Collector) pair() (tsc, ns uint64) { return slots.Pair(slots.ReadTSC, c
 
 // relate tells the programs the relation.
 func (c *Collector) relate() error {
+	if slots.ReadTSC() == 0 {
+		return nil // there is none
+	}
 	r := &c.relation
 	if r.tsc == 0 {
 		r.tsc, r.ns = c.pair()

@@ -312,6 +312,19 @@ static __always_inline u32 reason(const struct vx_own *own, u64 vcpu, u32 given)
 	return READ(vcpu_vmx, vcpu, exit_reason.full);
 }
 
+/* Of the exit that halts a guest. */
+static __always_inline u32 halt_code(void)
+{
+	switch (vx_isa) {
+	case VIRTEXIT_ISA_SVM:
+		return SVM_EXIT_HLT;
+	case VIRTEXIT_ISA_ARM64:
+		return ESR_ELx_EC_WFx;
+	default:
+		return EXIT_REASON_HLT;
+	}
+}
+
 /* ---- rows ---- */
 
 /* The row at an offset of the slot, as in virtexit_slot.open; or NULL. */
@@ -443,7 +456,11 @@ __noinline int close(struct virtexit_slot *pub, u64 left, u64 poll_ns,
 static __always_inline void stretch_from(struct virtexit_slot *pub, u64 now)
 {
 	asm volatile("" ::: "memory");
-	*(volatile __u64 *)&pub->tsc = now;
+	/* arm64 may have others see stores in another order. */
+	if (vx_isa == VIRTEXIT_ISA_ARM64)
+		__sync_lock_test_and_set(&pub->tsc, now);
+	else
+		*(volatile __u64 *)&pub->tsc = now;
 }
 
 static __always_inline void log_end(struct virtexit_slot *pub, u64 now)
@@ -490,8 +507,7 @@ static __always_inline void time_end(struct virtexit_slot *pub, u64 now)
 		/* KVM has not told of a halt that goes on. */
 		if (row && pub->doing == VIRTEXIT_IN_KVM &&
 		    !(row->flags & VIRTEXIT_ROW_OTHER) &&
-		    row->code == (pub->isa == VIRTEXIT_ISA_SVM ?
-				  SVM_EXIT_HLT : EXIT_REASON_HLT))
+		    row->code == halt_code())
 			pub->doing = VIRTEXIT_HALTED;
 		if (own->level == VIRTEXIT_LEVEL_RECENT)
 			log_end(pub, now);
@@ -542,8 +558,9 @@ __noinline int time_enter(struct virtexit_slot *pub, u64 vcpu, u64 now)
  */
 static __always_inline u32 late(u64 vcpu)
 {
-	return vx_late && READ(kvm_vcpu, vcpu, arch.l1_tsc_scaling_ratio) ==
-				  SVM_TSC_RATIO_DEFAULT;
+	return vx_isa == VIRTEXIT_ISA_SVM && vx_late &&
+	       READ(kvm_vcpu, vcpu, arch.l1_tsc_scaling_ratio) ==
+		       SVM_TSC_RATIO_DEFAULT;
 }
 
 /* When it occurred. No time that can be right where there is no TSC. */
@@ -563,7 +580,7 @@ static __always_inline void stamp(struct virtexit_slot *pub, u32 offset,
 	u64 from = pub->tsc;
 	s64 guest, ns = now - from;
 
-	if (own_of(pub)->late) {
+	if (vx_isa == VIRTEXIT_ISA_SVM && own_of(pub)->late) {
 		guest = occurred(vcpu) - from;
 		/* Not before the entry, nor in the future. */
 		if (guest > 0 && guest < ns) {
@@ -867,6 +884,17 @@ static __always_inline void count(struct virtexit_slot *pub, u64 vcpu, u32 code,
 		stamp(pub, offset, vcpu, now);
 }
 
+static __always_inline u64 guest_pc(u64 vcpu)
+{
+	if (vx_isa == VIRTEXIT_ISA_ARM64)
+		return READ(kvm_vcpu___arm64, vcpu, arch.ctxt.regs.pc);
+	/* VMX keeps it where only VMREAD gets at it. */
+	if (vx_isa != VIRTEXIT_ISA_SVM ||
+	    READ(kvm_vcpu, vcpu, arch.guest_state_protected))
+		return 0;
+	return READ(kvm_vcpu, vcpu, arch.regs[VCPU_REGS_RIP]);
+}
+
 static __always_inline void log_exit(struct virtexit_slot *pub, u64 vcpu,
 				     u32 code)
 {
@@ -880,12 +908,7 @@ static __always_inline void log_exit(struct virtexit_slot *pub, u64 vcpu,
 	e->tsc = pub->tsc;
 	e->cycles = VIRTEXIT_PRESENT;
 	e->code = code;
-	/* VMX keeps it where only VMREAD gets at it. */
-	if (vx_isa != VIRTEXIT_ISA_SVM ||
-	    READ(kvm_vcpu, vcpu, arch.guest_state_protected))
-		e->rip = 0;
-	else
-		e->rip = READ(kvm_vcpu, vcpu, arch.regs[VCPU_REGS_RIP]);
+	e->rip = guest_pc(vcpu);
 	/* Whoever sees the number sees the exit. */
 	__sync_lock_test_and_set(&pub->recent_head, head + 1);
 }
@@ -983,6 +1006,31 @@ int kvm_exit_given(struct bpf_raw_tracepoint_args *ctx)
 	return exit(ctx->args[1], ctx->args[2], ctx->args[0]);
 }
 
+/*
+ * arm64's events name no vCPU. The thread is to be told when it is preempted, on
+ * behalf of the vCPU that it runs.
+ */
+static __always_inline u64 running_vcpu(void)
+{
+	u64 link = READ(task_struct, bpf_get_current_task(),
+			preempt_notifiers.first);
+
+	return link - OFFSET(kvm_vcpu, preempt_notifier.link);
+}
+
+/* kvm_exit(ret, esr_ec, vcpu_pc), on arm64, when interrupts have been on */
+SEC("raw_tp")
+int kvm_exit_arm64(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 ret = ctx->args[0], class = ctx->args[1];
+	u32 serror = ret & VIRTEXIT_ARM64_SERROR;
+	u32 type = ret & ~VIRTEXIT_ARM64_SERROR;
+
+	return exit(running_vcpu(), VIRTEXIT_ISA_ARM64, serror |
+		    (type == ARM_EXCEPTION_TRAP ? class :
+						  VIRTEXIT_ARM64_TYPE | type));
+}
+
 /* After an exit that KVM handled at once; or false, and nothing is done. */
 static __always_inline bool enter(struct virtexit_slot *pub,
 				  const struct task_struct *task, u64 now)
@@ -1035,18 +1083,30 @@ __noinline int entry_slow(u64 vcpu, u64 now)
 	return 0;
 }
 
-SEC("raw_tp")
-int kvm_entry(struct bpf_raw_tracepoint_args *ctx)
+static __always_inline int entry(u64 vcpu)
 {
 	u64 now = bpf_ktime_get_ns();
 	struct virtexit_slot *pub = slot_in(cache());
 	struct task_struct *task = bpf_get_current_task_btf();
-	u64 vcpu = ctx->args[0];
 
 	if (pub && fast(own_of(pub), vcpu, (u64)task) && enter(pub, task, now))
 		return 0;
 	entry_slow(vcpu, now);
 	return 0;
+}
+
+/* kvm_entry(vcpu) */
+SEC("raw_tp")
+int kvm_entry(struct bpf_raw_tracepoint_args *ctx)
+{
+	return entry(ctx->args[0]);
+}
+
+/* kvm_entry(vcpu_pc), on arm64 */
+SEC("raw_tp")
+int kvm_entry_arm64(struct bpf_raw_tracepoint_args *ctx)
+{
+	return entry(running_vcpu());
 }
 
 /* kvm_userspace_exit(reason, errno): the thread leaves KVM_RUN */

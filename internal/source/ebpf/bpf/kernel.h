@@ -19,6 +19,14 @@ struct sched_info {
 	unsigned long long run_delay;
 };
 
+struct hlist_node {
+	struct hlist_node *next;
+};
+
+struct hlist_head {
+	struct hlist_node *first;
+};
+
 struct task_struct {
 	int pid;
 	int tgid;
@@ -28,6 +36,11 @@ struct task_struct {
 	unsigned long nvcsw;
 	unsigned long nivcsw;
 	struct sched_info sched_info;
+	struct hlist_head preempt_notifiers;
+};
+
+struct preempt_notifier {
+	struct hlist_node link;
 };
 
 struct timespec64 {
@@ -53,9 +66,26 @@ struct kvm_vcpu_arch {
 };
 
 struct kvm_vcpu {
+	struct preempt_notifier preempt_notifier;
 	int vcpu_id;
 	struct kvm_vcpu_arch arch;
 	struct kvm_vcpu_stat stat;
+};
+
+struct user_pt_regs {
+	__u64 pc;
+};
+
+struct kvm_cpu_context {
+	struct user_pt_regs regs;
+};
+
+struct kvm_vcpu_arch___arm64 {
+	struct kvm_cpu_context ctxt;
+};
+
+struct kvm_vcpu___arm64 {
+	struct kvm_vcpu_arch___arm64 arch;
 };
 
 struct vmcb_control_area {
@@ -107,6 +137,10 @@ struct vcpu_vmx___vt {
 #define SVM_EXIT_HLT 0x78
 #define SVM_EXIT_VMRUN 0x80
 #define EXIT_REASON_HLT 12
+
+/* arch/arm64: asm/kvm_asm.h, asm/esr.h */
+#define ARM_EXCEPTION_TRAP 2
+#define ESR_ELx_EC_WFx 0x01
 
 /* uapi/linux/kvm.h; MEMORY_FAULT since 6.8 */
 #define KVM_EXIT_HLT 5
