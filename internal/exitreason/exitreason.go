@@ -9,17 +9,19 @@ import (
 	"strings"
 )
 
-// ISA is the code space of an exit code, numbered as KVM's kvm_exit event does.
+// ISA is the code space of an exit code, numbered as KVM's kvm_exit event does on
+// x86, and as virtexit's own interface does beyond.
 type ISA uint32
 
 // The known code spaces.
 const (
-	None ISA = iota
-	VMX
-	SVM
+	None  ISA = 0
+	VMX   ISA = 1
+	SVM   ISA = 2
+	ARM64 ISA = 0x100
 )
 
-// String gives the code space's name: "none", "vmx" or "svm".
+// String gives the code space's name: "none", "vmx", "svm" or "arm64".
 func (i ISA) String() string {
 	switch i {
 	case None:
@@ -28,24 +30,32 @@ func (i ISA) String() string {
 		return "vmx"
 	case SVM:
 		return "svm"
+	case ARM64:
+		return "arm64"
 	}
 	return fmt.Sprintf("isa(%d)", uint32(i))
 }
 
 // ParseISA is the inverse of String for the known code spaces.
 func ParseISA(s string) (ISA, error) {
-	for i := None; i <= SVM; i++ {
+	for _, i := range []ISA{None, VMX, SVM, ARM64} {
 		if s == i.String() {
 			return i, nil
 		}
 	}
-	return None, fmt.Errorf("unknown isa %q: want none, vmx or svm", s)
+	return None, fmt.Errorf("unknown isa %q: want none, vmx, svm or arm64", s)
 }
 
 // Fields of VMX's 32-bit exit reason.
 const (
 	vmxBasic       = 0x0000ffff // what the guest did
 	vmxFailedEntry = 0x80000000 // the guest was never entered
+)
+
+// Parts of arm64's codes: see kmod/uapi/virtexit.h.
+const (
+	arm64Type   = 0x40       // no exception class, but what ended the guest's run without one
+	arm64SError = 0x80000000 // an SError was pending
 )
 
 // Name is the kernel's own name of an exit code: that of its uapi headers,
@@ -55,6 +65,8 @@ const (
 // code is, for VMX, the full exit reason. The name is that of its basic reason,
 // the low 16 bits; flags follow as the kernel's event prints them, those without
 // a name in one number: "INVALID_STATE FAILED_VMENTRY", "CPUID 0x8000000".
+// For arm64 it is the exception class's, such as "HVC64", or "IRQ" and the like
+// where there is none; " WITH_SERROR" follows where an SError was pending.
 func Name(isa ISA, code uint32) string {
 	switch isa {
 	case VMX:
@@ -71,17 +83,26 @@ func Name(isa ISA, code uint32) string {
 		return b.String()
 	case SVM:
 		return lookup(svmNames, code)
+	case ARM64:
+		name := lookup(arm64Names, code&^arm64SError)
+		if code&arm64SError != 0 {
+			name += " WITH_SERROR"
+		}
+		return name
 	}
 	return lookup(nil, code)
 }
 
-// Halts tells whether a code is that of a guest's HLT.
+// Halts tells whether a code is that of a guest's HLT; on arm64 of WFI, or of WFE,
+// which waits no longer than others want the CPU.
 func Halts(isa ISA, code uint32) bool {
 	switch isa {
 	case VMX:
 		return code&vmxBasic == 12
 	case SVM:
 		return code == 0x78
+	case ARM64:
+		return code&^arm64SError == 0x01
 	}
 	return false
 }
@@ -89,11 +110,7 @@ func Halts(isa ISA, code uint32) bool {
 // Known tells whether a word can be the Name of a code, whatever its case: one
 // of the kernel's names, or a number.
 func Known(isa ISA, word string) bool {
-	names := vmxNames
-	if isa == SVM {
-		names = svmNames
-	}
-	for _, name := range names {
+	for _, name := range map[ISA]map[uint32]string{VMX: vmxNames, SVM: svmNames, ARM64: arm64Names}[isa] {
 		if strings.EqualFold(name, word) {
 			return true
 		}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -35,6 +36,12 @@ func TestName(t *testing.T) {
 		{"svm software", SVM, 0x80000001, "vmgexit_mmio_read"},
 		{"svm minus one", SVM, 0xffffffff, "invalid_guest_state"},
 		{"svm unknown", SVM, 0x1f3, "0x1f3"},
+		{"arm64 first", ARM64, 0, "UNKNOWN"},
+		{"arm64", ARM64, 0x16, "HVC64"},
+		{"arm64 class unknown", ARM64, 0x3f, "0x3f"},
+		{"arm64 no class", ARM64, 0x40, "IRQ"},
+		{"arm64 hypervisor gone", ARM64, 0xbadca51, "HYP_GONE"},
+		{"arm64 error pending", ARM64, 1<<31 | 0x24, "DABT_LOW WITH_SERROR"},
 		{"none", None, 10, "0xa"},
 		{"unknown isa", 7, 0, "0x0"},
 	}
@@ -59,6 +66,8 @@ func TestHalts(t *testing.T) {
 		{"vmx mwait", VMX, 36, false},
 		{"svm", SVM, 0x78, true},
 		{"svm, vmx's code", SVM, 12, false},
+		{"arm64", ARM64, 1, true},
+		{"arm64 serror", ARM64, 0x41, false},
 		{"none", None, 12, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -77,6 +86,7 @@ func TestKnown(t *testing.T) {
 	}{
 		{VMX, "CPUID", true}, {VMX, "cpuid", true}, {SVM, "CPUID", true}, {SVM, "PF excp", true},
 		{VMX, "npf", false}, {SVM, "EPT_VIOLATION", false}, {SVM, "", false}, {VMX, "HLTT", false},
+		{ARM64, "hvc64", true}, {ARM64, "IRQ", true}, {ARM64, "cpuid", false}, {ARM64, "31", true}, {None, "cpuid", false},
 		{SVM, "0x1f3", true}, {VMX, "31", true}, {VMX, "0x100000000", false}, {VMX, "-1", false},
 	} {
 		if got := Known(tt.isa, tt.word); got != tt.want {
@@ -86,7 +96,7 @@ func TestKnown(t *testing.T) {
 }
 
 func TestISA(t *testing.T) {
-	for isa, want := range map[ISA]string{None: "none", VMX: "vmx", SVM: "svm"} {
+	for isa, want := range map[ISA]string{None: "none", VMX: "vmx", SVM: "svm", ARM64: "arm64"} {
 		if got := isa.String(); got != want {
 			t.Errorf("ISA %d is %q, want %q", isa, got, want)
 		}
@@ -97,7 +107,7 @@ func TestISA(t *testing.T) {
 	if got := ISA(7).String(); got != "isa(7)" {
 		t.Errorf("ISA 7 is %q", got)
 	}
-	for _, bad := range []string{"", "VMX", "isa(7)", "arm64"} {
+	for _, bad := range []string{"", "VMX", "isa(7)", "arm"} {
 		if got, err := ParseISA(bad); err == nil || !strings.Contains(err.Error(), strconv.Quote(bad)) {
 			t.Errorf("ParseISA(%q) = %v, %v, want an error that names it", bad, got, err)
 		}
@@ -115,7 +125,8 @@ func TestKernelHeaders(t *testing.T) {
 	known := map[string]bool{} // "isa code" that some header names
 	for _, series := range []string{"6.1", "6.12"} {
 		t.Run(series, func(t *testing.T) {
-			uapi := headers(t, series)
+			asm := headers(t, series)
+			uapi := filepath.Join(asm, "x86/include/uapi/asm")
 			vectors := numbers(t, filepath.Join(uapi, "kvm.h"))
 			for _, table := range []struct {
 				isa         ISA
@@ -150,12 +161,22 @@ func TestKernelHeaders(t *testing.T) {
 			if diff := cmp.Diff(map[uint32]string{vmxFailedEntry: "FAILED_VMENTRY"}, flags); diff != "" {
 				t.Errorf("flags of VMX exit reasons (-ours +kernel):\n%s", diff)
 			}
+
+			kernel := arm64(t, filepath.Join(asm, "arm64/include/asm"))
+			got := map[uint32]string{}
+			for code := range kernel {
+				got[code] = Name(ARM64, code)
+				known[fmt.Sprint(ARM64, code)] = true
+			}
+			if diff := cmp.Diff(kernel, got); diff != "" {
+				t.Errorf("arm64: names differ (-kernel +ours):\n%s", diff)
+			}
 		})
 	}
 	if t.Failed() || len(known) == 0 {
 		return
 	}
-	for isa, table := range map[ISA]map[uint32]string{VMX: vmxNames, SVM: svmNames} {
+	for isa, table := range map[ISA]map[uint32]string{VMX: vmxNames, SVM: svmNames, ARM64: arm64Names} {
 		for code, name := range table {
 			if !known[fmt.Sprint(isa, code)] {
 				t.Errorf("%v %#x, %q, is in no header", isa, code, name)
@@ -164,11 +185,46 @@ func TestKernelHeaders(t *testing.T) {
 	}
 }
 
-// headers is the folder of a kernel series' uapi headers. Without it there is
+// arm64 reads what the kernel calls exception classes, and exits without one.
+func arm64(t *testing.T, asm string) map[uint32]string {
+	table := map[uint32]string{}
+	for _, part := range []struct {
+		file, prefix string
+		above        uint32
+		not          []string
+		last         string // that the parser must have seen
+	}{
+		{"esr.h", "ESR_ELx_EC_", 0, []string{"MAX", "SHIFT", "WIDTH"}, "BRK64"},
+		{"kvm_asm.h", "ARM_EXCEPTION_", arm64Type, []string{"TRAP"}, "HYP_GONE"},
+	} {
+		defs := numbers(t, filepath.Join(asm, part.file))
+		if part.file == "kvm_asm.h" {
+			defs["ARM_EXCEPTION_HYP_GONE"] = numbers(t, filepath.Join(asm, "virt.h"))["HVC_STUB_ERR"]
+		}
+		seen := false
+		for full, n := range defs {
+			name, ok := strings.CutPrefix(full, part.prefix)
+			if !ok || slices.Contains(part.not, name) {
+				continue
+			}
+			seen = seen || name == part.last
+			if was, ok := table[n|part.above]; ok {
+				t.Errorf("%s: %#x is both %q and %q", part.file, n, was, name)
+			}
+			table[n|part.above] = name
+		}
+		if !seen {
+			t.Errorf("%s: no %s%s", part.file, part.prefix, part.last)
+		}
+	}
+	return table
+}
+
+// headers is the folder of a kernel series' architectures. Without it there is
 // nothing to prove: locally that is a skip, in CI a failure.
 func headers(t *testing.T, series string) string {
 	// Installed on this host, or unpacked by "make headers".
-	const dir = "usr/src/linux-headers-%s.*-common/arch/x86/include/uapi/asm"
+	const dir = "usr/src/linux-headers-%s.*-common/arch"
 	for _, root := range []string{"/", "../../build/lab/headers/*"} {
 		found, err := filepath.Glob(filepath.Join(root, fmt.Sprintf(dir, series)))
 		if err != nil {
@@ -193,7 +249,7 @@ func numbers(t *testing.T, file string) map[string]uint32 {
 		t.Fatal(err)
 	}
 	defs := map[string]uint32{}
-	for _, m := range regexp.MustCompile(`(?m)^#define\s+(\w+)\s+(-?\w+)\s*$`).FindAllStringSubmatch(string(text), -1) {
+	for _, m := range regexp.MustCompile(`(?m)^#define\s+(\w+)\s+(?:UL)?\(?(-?\w+)\)?(?:\s*/\*.*)?\s*$`).FindAllStringSubmatch(string(text), -1) {
 		if n, err := strconv.ParseInt(m[2], 0, 64); err == nil {
 			defs[m[1]] = uint32(n)
 		}
