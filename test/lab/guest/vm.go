@@ -21,11 +21,9 @@ import (
 type VM struct {
 	VCPUs []*VCPU
 
-	vendor Vendor
-	apic   bool
-	fd     *os.File
-	memory []byte
-	fresh  []byte // see Fresh; nil before
+	platform // what differs between architectures
+	fd       *os.File
+	memory   []byte
 }
 
 // VCPU is a virtual CPU with an operating system thread of its own, which lives from NewVM to Close, be a program
@@ -49,20 +47,23 @@ type VCPU struct {
 	stop  atomic.Bool
 }
 
+// Return is why KVM_RUN has returned.
+type Return uint32
+
+const (
+	IO     Return = exitIO
+	Halt   Return = exitHLT // of a VM without interrupt controller
+	Access Return = exitMMIO
+	Signal Return = exitIntr // of Signal; Go's runtime sends some as well
+)
+
 // From linux/kvm.h.
 const (
 	kvmCreateVM            = 0xae01
 	kvmGetVCPUMmapSize     = 0xae04
 	kvmCreateVCPU          = 0xae41
 	kvmSetUserMemoryRegion = 0x4020ae46
-	kvmSetTSSAddr          = 0xae47
-	kvmSetIdentityMapAddr  = 0x4008ae48
-	kvmIOEventFD           = 0x4040ae79
 	kvmRun                 = 0xae80
-	kvmGetRegs             = 0x8090ae81
-	kvmSetRegs             = 0x4090ae82
-	kvmGetSregs            = 0x8138ae83
-	kvmSetSregs            = 0x4138ae84
 	kvmGetStatsFD          = 0xaece
 
 	exitIO   = 2
@@ -73,63 +74,24 @@ const (
 	runImmediateExit = 1 // offsets in struct kvm_run
 	runExitReason    = 8
 	runUnion         = 32
-	runIOPort        = runUnion + 2
 )
+
+// memorySize is that of the memory for programs.
+const memorySize = 0x10000
 
 type memoryRegion struct {
 	slot, flags                 uint32
 	guestAddr, size, memoryAddr uint64
 }
 
-type ioEventFD struct {
-	match, addr uint64
-	size        uint32
-	fd          int32
-	flags       uint32
-	_           [36]byte
-}
-
-type segment struct {
-	base     uint64
-	limit    uint32
-	selector uint16
-	_        [10]byte
-}
-
-type sregs struct {
-	cs  segment
-	_   [4]segment
-	ss  segment
-	_   [2]segment
-	_   [16]byte
-	idt struct {
-		base  uint64
-		limit uint16
-		_     [6]byte
-	}
-	_ [88]byte
-}
-
-type regs struct {
-	rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp uint64
-	r                                      [8]uint64
-	rip, rflags                            uint64
-}
-
-// NewVM makes a VM without interrupt controller, whose vCPU threads wait for programs.
-func NewVM(vcpus int) (*VM, error) { return makeVM(vcpus, false) }
-
-func makeVM(vcpus int, apic bool) (*VM, error) {
-	vendor, err := HostVendor()
-	if err != nil {
-		return nil, err
-	}
+// newVM makes a VM whose vCPU threads wait for programs.
+func (p platform) newVM(vcpus int) (*VM, error) {
 	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer kvm.Close()
-	vm := &VM{vendor: vendor, apic: apic}
+	vm := &VM{platform: p}
 	if err := vm.init(kvm, vcpus); err != nil {
 		return nil, errors.Join(err, vm.Close())
 	}
@@ -141,26 +103,15 @@ func (vm *VM) init(kvm *os.File, vcpus int) error {
 	if vm.fd, err = create(kvm, "KVM_CREATE_VM", kvmCreateVM, 0); err != nil {
 		return err
 	}
-	// Intel CPUs that cannot run real mode natively want three pages and one more, out of the programs' way.
-	const identityMap, tss = 0xfffbc000, 0xfffbd000
-	at := uint64(identityMap)
-	if err := ioctlPtr(vm.fd, "KVM_SET_IDENTITY_MAP_ADDR", kvmSetIdentityMapAddr, unsafe.Pointer(&at)); err != nil {
+	if err := vm.prepare(); err != nil {
 		return err
 	}
-	if _, err := ioctl(vm.fd, "KVM_SET_TSS_ADDR", kvmSetTSSAddr, tss); err != nil {
-		return err
-	}
-	vm.memory, err = unix.Mmap(-1, 0, romSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	vm.memory, err = unix.Mmap(-1, 0, memorySize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return fmt.Errorf("guest memory: %w", err)
 	}
-	if err := vm.setMemory(0, romAddr, vm.memory, romSize); err != nil {
+	if err := vm.setMemory(0, memoryAddr, vm.memory, memorySize); err != nil {
 		return err
-	}
-	if vm.apic {
-		if _, err := ioctl(vm.fd, "KVM_CREATE_IRQCHIP", kvmCreateIRQChip, 0); err != nil {
-			return err
-		}
 	}
 	size, err := ioctl(kvm, "KVM_GET_VCPU_MMAP_SIZE", kvmGetVCPUMmapSize, 0)
 	if err != nil {
@@ -169,8 +120,8 @@ func (vm *VM) init(kvm *os.File, vcpus int) error {
 	for i := range vcpus {
 		v := &VCPU{
 			vm:    vm,
-			size:  romSize / vcpus,
-			base:  romSize / vcpus * i,
+			size:  memorySize / vcpus,
+			base:  memorySize / vcpus * i,
 			start: make(chan func() error),
 			ended: make(chan error, 1),
 			dead:  make(chan struct{}),
@@ -187,6 +138,9 @@ func (vm *VM) init(kvm *os.File, vcpus int) error {
 			return errors.Join(err, unix.Munmap(v.run), v.fd.Close())
 		}
 		vm.VCPUs = append(vm.VCPUs, v)
+		if err := v.prepare(); err != nil {
+			return err
+		}
 		tid := make(chan int)
 		go v.thread(tid)
 		v.tid = <-tid
@@ -197,49 +151,6 @@ func (vm *VM) init(kvm *os.File, vcpus int) error {
 func (vm *VM) setMemory(slot uint32, addr uint64, memory []byte, size int) error {
 	region := memoryRegion{slot: slot, guestAddr: addr, size: uint64(size), memoryAddr: uint64(uintptr(unsafe.Pointer(&memory[0])))}
 	return ioctlPtr(vm.fd, "KVM_SET_USER_MEMORY_REGION", kvmSetUserMemoryRegion, unsafe.Pointer(&region))
-}
-
-// FreshPages is how many pages of 4 KiB Fresh gives.
-const FreshPages = 128
-
-// Fresh gives the VM memory at address 0: pages that the host has and that KVM has not mapped, so that the first touch of
-// each exits, and nothing but KVM handles it. Called again, it has KVM forget the pages. No program may be running.
-func (vm *VM) Fresh() error {
-	const slot, addr, size = 1, 0, FreshPages * 4096
-	if vm.fresh != nil {
-		if err := vm.setMemory(slot, addr, vm.fresh, 0); err != nil {
-			return err
-		}
-		return vm.setMemory(slot, addr, vm.fresh, size)
-	}
-	var err error
-	vm.fresh, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		return fmt.Errorf("guest memory: %w", err)
-	}
-	// The kernel would make large pages of small ones in its own time.
-	for _, advice := range []int{unix.MADV_NOHUGEPAGE, unix.MADV_POPULATE_WRITE} {
-		if err := unix.Madvise(vm.fresh, advice); err != nil {
-			return fmt.Errorf("guest memory: %w", err)
-		}
-	}
-	return vm.setMemory(slot, addr, vm.fresh, size)
-}
-
-// EventPort has KVM itself handle bytes written to an I/O port, as those with which a guest calls a virtio device: it adds
-// 1 to the eventfd returned. That is the caller's to close.
-func (vm *VM) EventPort(port uint16) (*os.File, error) {
-	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("eventfd: %w", err)
-	}
-	event := os.NewFile(uintptr(fd), "eventfd")
-	const pio = 1 << 1
-	request := ioEventFD{addr: uint64(port), size: 1, fd: int32(fd), flags: pio}
-	if err := ioctlPtr(vm.fd, "KVM_IOEVENTFD", kvmIOEventFD, unsafe.Pointer(&request)); err != nil {
-		return nil, errors.Join(err, event.Close())
-	}
-	return event, nil
 }
 
 // Close stops what runs, ends the vCPU threads and frees the VM.
@@ -255,11 +166,10 @@ func (vm *VM) Close() error {
 	if vm.fd != nil {
 		errs = append(errs, vm.fd.Close())
 	}
-	for _, memory := range [][]byte{vm.memory, vm.fresh} {
-		if memory != nil {
-			errs = append(errs, unix.Munmap(memory))
-		}
+	if vm.memory != nil {
+		errs = append(errs, unix.Munmap(vm.memory))
 	}
+	errs = append(errs, vm.release())
 	return errors.Join(errs...)
 }
 
@@ -296,15 +206,8 @@ func (v *VCPU) Stop() {
 	unix.Tgkill(os.Getpid(), v.tid, unix.SIGURG)
 }
 
-// Least is the least number of TSC ticks that an execution of a timed op took in the program that ended last. It is below
-// 1<<32.
-func (v *VCPU) Least() (uint32, error) {
-	var r regs
-	if err := ioctlPtr(v.fd, "KVM_GET_REGS", kvmGetRegs, unsafe.Pointer(&r)); err != nil {
-		return 0, err
-	}
-	return uint32(r.rbp), nil
-}
+// Signal has KVM_RUN return for no reason of the guest's.
+func (v *VCPU) Signal() error { return unix.Tgkill(os.Getpid(), v.tid, unix.SIGURG) }
 
 // Stats reads KVM's own statistics of the vCPU by name, such as "exits", whether it runs or not. Of a histogram it gives the first bucket.
 func (v *VCPU) Stats() (map[string]uint64, error) {
@@ -355,31 +258,18 @@ func (v *VCPU) thread(tid chan<- int) {
 }
 
 func (v *VCPU) execute(p Program) error {
-	code, err := p.assemble(v.vm.vendor, endOut)
+	code, err := v.assemble(p)
 	if err != nil {
 		return err
 	}
-	if room := v.size - wakeSize; len(code) > room {
+	if room := v.room(); len(code) > room {
 		return fmt.Errorf("program takes %d bytes, more than %d", len(code), room)
 	}
 	copy(v.vm.memory[v.base:], code)
-	var s sregs
-	if err := ioctlPtr(v.fd, "KVM_GET_SREGS", kvmGetSregs, unsafe.Pointer(&s)); err != nil {
+	if err := v.reset(); err != nil {
 		return err
 	}
-	s.cs.base, s.cs.selector = romAddr, romSegment
-	if v.vm.apic {
-		if err := v.acceptWake(&s); err != nil {
-			return err
-		}
-	}
-	if err := ioctlPtr(v.fd, "KVM_SET_SREGS", kvmSetSregs, unsafe.Pointer(&s)); err != nil {
-		return err
-	}
-	r := regs{rip: uint64(v.base), rsp: v.stack(), rflags: 2}
-	if err := ioctlPtr(v.fd, "KVM_SET_REGS", kvmSetRegs, unsafe.Pointer(&r)); err != nil {
-		return err
-	}
+	defer v.rouse(p)()
 	for {
 		reason := uint32(exitIntr)
 		if _, err := ioctl(v.fd, "KVM_RUN", kvmRun, 0); err == nil {
@@ -387,12 +277,11 @@ func (v *VCPU) execute(p Program) error {
 		} else if !errors.Is(err, unix.EINTR) {
 			return err
 		}
+		if v.atEnd(reason) {
+			return nil
+		}
 		switch reason {
-		case exitIO:
-			if binary.NativeEndian.Uint16(v.run[runIOPort:]) == EndPort {
-				return nil
-			}
-		case exitHLT, exitMMIO, exitIntr:
+		case exitIO, exitHLT, exitMMIO, exitIntr:
 		default:
 			return fmt.Errorf("KVM_RUN: exit reason %d, detail % x", reason, v.run[runUnion:runUnion+16])
 		}

@@ -5,10 +5,7 @@ package guest
 import (
 	"encoding/binary"
 	"errors"
-	"os"
 	"unsafe"
-
-	"golang.org/x/sys/unix"
 )
 
 // From linux/kvm.h.
@@ -18,16 +15,6 @@ const (
 	kvmSetLAPIC      = 0x4400ae8f
 	kvmSetMPState    = 0x4004ae99
 	kvmSignalMSI     = 0x4020aea5
-)
-
-// Return is why KVM_RUN has returned.
-type Return uint32
-
-const (
-	IO     Return = exitIO
-	Halt   Return = exitHLT // of a VM without interrupt controller
-	Access Return = exitMMIO
-	Signal Return = exitIntr // of Signal; Go's runtime sends some as well
 )
 
 // NewHaltingVM makes a VM with one vCPU whose HLT lasts until Wake: with an interrupt controller in KVM, which therefore
@@ -58,9 +45,6 @@ func (v *VCPU) Wake() error {
 	}{AddrLo: addr, Data: nmi}
 	return ioctlPtr(v.vm.fd, "KVM_SIGNAL_MSI", kvmSignalMSI, unsafe.Pointer(&msi))
 }
-
-// Signal has KVM_RUN return for no reason of the guest's.
-func (v *VCPU) Signal() error { return unix.Tgkill(os.Getpid(), v.tid, unix.SIGURG) }
 
 // RunOn is Run on the thread of another vCPU, which runs no program meanwhile. Stop does not reach it.
 func (v *VCPU) RunOn(other *VCPU, p Program) error {

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build lab
+
+package arm64
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"virtexit/internal/exitreason"
+	"virtexit/internal/snapshot"
+	"virtexit/internal/source"
+	"virtexit/internal/source/ebpf"
+	"virtexit/internal/source/sourcetest"
+	"virtexit/test/lab/guest"
+	"virtexit/test/lab/inside"
+)
+
+func TestMain(m *testing.M) { inside.Main(m) }
+
+func newCollector(t *testing.T) *ebpf.Collector {
+	t.Helper()
+	c, err := ebpf.New(ebpf.Options{Version: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// TestEBPF holds the collector to what all collectors share.
+func TestEBPF(t *testing.T) {
+	inside.QuietLog(t)
+	c := newCollector(t)
+	sourcetest.Run(t, func() (source.Source, error) { return c.Open() }, generator(200))
+}
+
+type generator int
+
+func (g generator) Exits() int { return int(g) }
+
+func (generator) Guest(vcpus int) (sourcetest.Guest, error) {
+	g, err := inside.StartGuest(vcpus)
+	if err != nil {
+		return nil, err
+	}
+	return process{g}, nil
+}
+
+// process gives a guest the words of sourcetest.
+type process struct{ *inside.Guest }
+
+func (p process) Exit(vcpu int, kind sourcetest.Kind, n int) error {
+	const end = 1 // the write that a program ends with
+	program := ""
+	switch kind {
+	case sourcetest.CPUID:
+		program = fmt.Sprintf("sys:%d", n)
+	case sourcetest.IO:
+		program = fmt.Sprintf("mmio:0x80000:%d", n-end)
+	case sourcetest.HLT:
+		program = fmt.Sprintf("wfi:%d", n)
+	case sourcetest.Hypercall:
+		program = fmt.Sprintf("hvc:%d", n)
+	case sourcetest.MSR:
+		program = fmt.Sprintf("smc:%d", n)
+	}
+	return p.Run(vcpu, program)
+}
+
+// TestNames has each exit under the kernel's name, and as many in all as KVM itself says.
+func TestNames(t *testing.T) {
+	src, err := newCollector(t).Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := src.SetLevel(snapshot.Time); err != nil {
+		t.Fatal(err)
+	}
+	vm, err := guest.NewVM(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer vm.Close()
+	p, err := guest.Parse("sys:30,hvc:0x86000000:40,hvc:50,smc:60,wfi:7,mmio:0x80000:80,spin:1000000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := vm.VCPUs[0].Run(p); err != nil {
+		t.Fatal(err)
+	}
+	all, err := src.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all.Slots) != 1 || all.Unattributed != 0 || all.Refused != 0 {
+		t.Fatalf("%d slots, %d unattributed, %d refused", len(all.Slots), all.Unattributed, all.Refused)
+	}
+	slot := &all.Slots[0]
+	if slot.ISA != exitreason.ARM64 || slot.VCPU != 0 || slot.TID != vm.VCPUs[0].TID() {
+		t.Errorf("isa %v, vcpu %d, thread %d, want %d", slot.ISA, slot.VCPU, slot.TID, vm.VCPUs[0].TID())
+	}
+	got := map[string]uint64{}
+	for _, r := range slot.Rows {
+		name := exitreason.Name(slot.ISA, r.Code)
+		t.Logf("%-10s code %#4x count %4d time %12d max %12d user %12d", name, r.Code, r.Count, r.Time, r.Max, r.User)
+		if name == "IRQ" {
+			continue // the host's own
+		}
+		got[name] = r.Count
+	}
+	t.Logf("%+v", slot.Times)
+	want := map[string]uint64{"SYS64": 30, "HVC64": 90, "SMC64": 60, "WFx": 7, "DABT_LOW": 81, "IABT_LOW": 1}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("exits (-want +got):\n%s", diff)
+	}
+	stats, err := vm.VCPUs[0].Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slot.Exits() != stats["exits"] {
+		t.Errorf("%d exits, KVM has counted %d", slot.Exits(), stats["exits"])
+	}
+}
