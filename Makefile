@@ -26,7 +26,7 @@ PACKAGES_build := libc6-dev pkg-config libvirt-dev
 PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
 PACKAGES_bpf   := clang-14 llvm-14 libbpf-dev
 PACKAGES_docs  := man-db groff-base mandoc bash-completion zsh fish
-PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 seabios libvirt-daemon-system libvirt-clients \
+PACKAGES_lab   := $(PACKAGES_build) $(PACKAGES_kmod) qemu-system-x86 qemu-system-arm seabios libvirt-daemon-system libvirt-clients \
 	busybox-static cpio zstd curl linux-perf bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso \
 	bsdutils procps iproute2 sparse python3 prometheus mmdebstrap $(PACKAGES_docs) $(PACKAGES_bpf)
 PACKAGES_debug := flex bison bc libelf-dev

@@ -4,6 +4,7 @@
 # First process of the lab's machine. /lab/config sets, all of them by the host:
 #   release, tree   the kernel's release, and its module tree on the host
 #   modules         modules to insert, in this order
+#   port            device of the second serial port
 #   share           yes: the host's root file system is the tag "root" on 9p; no: the initramfs is all there is
 #   system          on the host, the root of a Debian system that is to boot in place of the host's; or empty
 #   tty             yes: the command gets the second serial port as its terminal
@@ -16,7 +17,7 @@ trap 'poweroff -f' EXIT
 . /lab/config
 
 mount -t devtmpfs dev /dev
-exec 3<>/dev/ttyS1
+exec 3<>/dev/$port
 stty raw -echo <&3
 
 for module in $modules; do
@@ -69,7 +70,7 @@ status=0
 if [ "$tty" = yes ]; then
 	stty sane <&3
 	setsid -c chroot . /bin/sh /run/lab/command <&3 >&3 2>&3 3>&- || status=$?
-	exec 3<>/dev/ttyS1 # the session's end has hung up the terminal
+	exec 3<>/dev/$port # the session's end has hung up the terminal
 	stty raw -echo <&3
 else
 	setsid chroot . /bin/sh /run/lab/command </dev/null >&3 2>&3 3>&- || status=$?

@@ -35,6 +35,7 @@ func TestInside(t *testing.T) {
 		{"lockdown/6.12 SVM", pkg + "lockdown", Config{Kernel: "6.12", Cmdline: "lockdown=integrity", Timeout: 10 * time.Minute}},
 		{"guest/6.1 SVM", pkg + "guest", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
 		{"guest/6.12 SVM", pkg + "guest", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},
+		{"arm64/6.1 arm64", pkg + "arm64", Config{Kernel: "6.1-arm64", Emulator: ARM64, Timeout: 10 * time.Minute}},
 		{"cost/6.1 SVM", pkg + "cost", Config{Kernel: "6.1", Icount: true, Timeout: 10 * time.Minute}},
 		{"cost/6.12 SVM", pkg + "cost", Config{Kernel: "6.12", Icount: true, Timeout: 10 * time.Minute}},
 	} {

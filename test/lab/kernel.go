@@ -56,12 +56,12 @@ func FindKernel(version string) (Kernel, error) {
 	return k, nil
 }
 
-// series matches a version that is no release: "6.1", "6.1-rt".
-var series = regexp.MustCompile(`^(\d+\.\d+)(-cloud|-rt|-debug)?$`)
+// series matches a version that is no release: "6.1", "6.1-rt", "6.1-arm64".
+var series = regexp.MustCompile(`^(\d+\.\d+)(-cloud|-rt|-debug|-arm64)?$`)
 
 // Release turns a version into a release, as uname -r prints it. A series such as "6.1" means the release that Debian's
-// own package depends on; "6.1-cloud" and "6.1-rt" that of another flavour, "6.1-debug" what "make lab-debug-kernel" has
-// built. Anything else, such as "6.1.0-56-amd64", is a release. Empty means $VIRTEXIT_LAB_KERNEL, then DefaultKernel.
+// own package depends on; "6.1-cloud" and "6.1-rt" that of another flavour, "6.1-arm64" that of another architecture,
+// "6.1-debug" what "make lab-debug-kernel" has built. Anything else, such as "6.1.0-56-amd64", is a release. Empty means $VIRTEXIT_LAB_KERNEL, then DefaultKernel.
 func Release(version string) (string, error) {
 	version = cmp.Or(version, os.Getenv(KernelVar), DefaultKernel)
 	match := series.FindStringSubmatch(version)
@@ -72,9 +72,18 @@ func Release(version string) (string, error) {
 	if flavour == "-debug" {
 		return debugRelease(number)
 	}
+	var options []string
+	if flavour == "-arm64" {
+		var err error
+		if options, err = foreignApt(); err != nil {
+			return "", fmt.Errorf("find kernel %s: %w", version, err)
+		}
+	} else {
+		flavour += "-amd64"
+	}
 	// The series that a Debian release ships has no meta package with its number.
-	for _, meta := range []string{"linux-image-" + number + flavour + "-amd64", "linux-image" + flavour + "-amd64"} {
-		out, err := exec.Command("apt-cache", "depends", "--important", meta).Output()
+	for _, meta := range []string{"linux-image-" + number + flavour, "linux-image" + flavour} {
+		out, err := exec.Command("apt-cache", append(options, "depends", "--important", meta)...).Output()
 		if errors.Is(err, exec.ErrNotFound) {
 			return "", fmt.Errorf("find kernel %s: %w", version, err)
 		}
@@ -100,16 +109,25 @@ func debugRelease(number string) (string, error) {
 	return filepath.Base(built[len(built)-1]), nil
 }
 
-// fetch makes k.Dir appear complete or not at all.
+// fetch makes k.Dir appear complete or not at all. With an arm64 kernel it holds a busybox for it.
 func (k Kernel) fetch() error {
-	return unpack(k.Dir, []string{"linux-image-" + k.Release}, func(root string) error {
+	packages := []string{"linux-image-" + k.Release}
+	var options []string
+	if arm64(k.Release) {
+		packages = append(packages, "busybox-static")
+		var err error
+		if options, err = foreignApt(); err != nil {
+			return err
+		}
+	}
+	return unpack(k.Dir, packages, func(root string) error {
 		return run(root, "depmod", "-b", root, k.Release)
-	})
+	}, options...)
 }
 
 // unpack downloads packages with apt and unpacks them below dir, without installing them. The directory appears when all
-// is there and finish has succeeded, or not at all.
-func unpack(dir string, packages []string, finish func(root string) error) error {
+// is there and finish has succeeded, or not at all. The options are apt's.
+func unpack(dir string, packages []string, finish func(root string) error, options ...string) error {
 	tmp, err := os.MkdirTemp(filepath.Dir(dir), "fetch-")
 	if err != nil {
 		return err
@@ -119,7 +137,7 @@ func unpack(dir string, packages []string, finish func(root string) error) error
 		return err
 	}
 	// apt's own user may not write below a private directory.
-	args := append([]string{"download", "-qq", "-o", "APT::Sandbox::User=root"}, packages...)
+	args := slices.Concat([]string{"download", "-qq", "-o", "APT::Sandbox::User=root"}, options, packages)
 	if err := run(tmp, "apt-get", args...); err != nil {
 		return err
 	}

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package lab boots stock Debian kernels in emulated machines with nested virtualization and runs commands and Go tests
-// there, as root, on any Linux host. QEMU's own CPU (TCG) provides AMD's SVM, Bochs provides Intel's VMX.
+// there, as root, on any Linux host. QEMU's own CPU (TCG) provides AMD's SVM and arm64's EL2, Bochs provides Intel's VMX.
 //
-// In QEMU the command sees the host's root file system under the same paths, with a layer in memory that takes what it
+// In QEMU's amd64 machine the command sees the host's root file system under the same paths, with a layer in memory that takes what it
 // writes. Where Config.System is set it sees that system, which its own init has booted, and the host's files read-only
-// below /host. In Bochs it sees busybox and the files named by Config.Files.
+// below /host. In the other machines it sees busybox and the files named by Config.Files.
 //
 // A command has succeeded only when the machine says so: its exit status arrives as the last line on a serial port that
 // nothing else writes to. A machine that panics, hangs or goes silently is an error that quotes the console.
@@ -49,6 +49,7 @@ type Emulator string
 const (
 	QEMU  Emulator = "qemu"  // AMD CPU with SVM
 	Bochs Emulator = "bochs" // Intel CPU with VMX; one CPU, and slow: about three minutes to boot
+	ARM64 Emulator = "arm64" // QEMU's arm64 CPU with EL2; the kernel must be an arm64 one
 )
 
 // Config describes a machine and the command that it runs. Only Command is needed.
@@ -61,7 +62,7 @@ type Config struct {
 	Emulator Emulator // QEMU where empty
 	Kernel   string   // see FindKernel
 	CPUs     int      // 2 where 0; guests that take interrupts need 1, see above
-	Memory   int      // MiB; 2048 where 0, 512 in Bochs
+	Memory   int      // MiB; 2048 where 0, 1024 on arm64, 512 in Bochs
 	Accel    string   // QEMU's -accel argument; see AcceleratorVar
 	Icount   bool     // one CPU whose TSC counts instructions
 	Cmdline  string   // further kernel arguments
@@ -69,7 +70,7 @@ type Config struct {
 	Command []string      // run as root
 	Dir     string        // the command's working directory; the caller's where empty
 	Env     []string      // further environment of the command, as NAME=value
-	System  string        // root of a Debian system that boots with its own init, see FindSystem; QEMU alone
+	System  string        // root of a Debian system that boots with its own init, see FindSystem; QEMU's amd64 machine alone
 	Timeout time.Duration // from power-on to power-off; 5 minutes where 0, 20 in Bochs
 
 	// Files and Modules go into a machine that does not see the host: files of the host, which keep their paths, and
@@ -193,7 +194,7 @@ func (c Config) withDefaults() (Config, error) {
 		c.Output = io.Discard
 	}
 	if c.System != "" && (c.tty || c.Emulator != QEMU) {
-		return c, errors.New("a system of its own boots in QEMU alone, and has no terminal")
+		return c, errors.New("a system of its own boots in QEMU's amd64 machine alone, and has no terminal")
 	}
 	switch c.Emulator {
 	case QEMU:
@@ -209,6 +210,13 @@ func (c Config) withDefaults() (Config, error) {
 		c.Timeout = cmp.Or(c.Timeout, 20*time.Minute)
 		if c.tty || c.Icount {
 			return c, errors.New("no terminal and no icount in Bochs")
+		}
+	case ARM64:
+		c.CPUs = cmp.Or(c.CPUs, 2)
+		c.Memory = cmp.Or(c.Memory, 1024)
+		c.Timeout = cmp.Or(c.Timeout, 5*time.Minute)
+		if c.tty || c.Icount {
+			return c, errors.New("no terminal and no icount on arm64")
 		}
 	default:
 		return c, fmt.Errorf("unknown emulator %q", c.Emulator)
@@ -228,8 +236,11 @@ func (m *machine) console() string   { return filepath.Join(m.dir, "console.log"
 func (m *machine) initramfs() string { return filepath.Join(m.dir, "initramfs") }
 
 func (m *machine) power(ctx context.Context) error {
-	if m.Emulator == Bochs {
+	switch m.Emulator {
+	case Bochs:
 		return m.bochs(ctx)
+	case ARM64:
+		return m.arm64(ctx)
 	}
 	return m.qemu(ctx)
 }
@@ -253,13 +264,20 @@ func (m *machine) writeInitramfs() error {
 	}
 	defer f.Close()
 	a := NewArchive(f)
-	if err := AddBusybox(a); err != nil {
+	busybox := tool("busybox")
+	if m.Emulator == ARM64 {
+		busybox = m.kernel.busybox()
+	}
+	if err := addBusybox(a, busybox); err != nil {
 		return err
 	}
 	a.Mkdir("/dev")
 	a.Add("/init", 0o755, initScript)
 
-	config := map[string]string{"release": m.kernel.Release, "modules": "", "share": "no", "system": m.System, "tty": "no"}
+	config := map[string]string{"release": m.kernel.Release, "modules": "", "port": "ttyS1", "share": "no", "system": m.System, "tty": "no"}
+	if m.Emulator == ARM64 {
+		config["port"] = "ttyS0" // the console is none of them
+	}
 	modules := m.Modules
 	if m.Emulator == QEMU {
 		config["share"] = "yes"
@@ -304,9 +322,8 @@ func (m *machine) writeInitramfs() error {
 	return errors.Join(a.Close(), f.Close())
 }
 
-// AddBusybox adds a static busybox from the host with a command for each of its applets in /bin.
-func AddBusybox(a *Archive) error {
-	busybox := tool("busybox")
+// addBusybox adds a static busybox with a command in /bin for each of the applets that the host's has.
+func addBusybox(a *Archive, busybox string) error {
 	program, err := elf.Open(busybox)
 	if err != nil {
 		return err
@@ -315,7 +332,7 @@ func AddBusybox(a *Archive) error {
 	if libraries, err := program.ImportedLibraries(); err != nil || len(libraries) > 0 {
 		return fmt.Errorf("%s is not static: apt-get install busybox-static", busybox)
 	}
-	out, err := exec.Command(busybox, "--list").Output()
+	out, err := exec.Command(tool("busybox"), "--list").Output()
 	if err != nil {
 		return err
 	}
@@ -338,7 +355,7 @@ func WriteGuest(path, script string, modules ...string) error {
 	}
 	defer f.Close()
 	a := NewArchive(f)
-	if err := AddBusybox(a); err != nil {
+	if err := addBusybox(a, tool("busybox")); err != nil {
 		return err
 	}
 	init := "#!/bin/sh\nmkdir -p /proc /sys /dev\nmount -t proc p /proc\nmount -t sysfs s /sys\nmount -t devtmpfs d /dev\n"
@@ -437,17 +454,23 @@ func (m *machine) qemu(ctx context.Context) error {
 	if m.Icount {
 		args = append(args, "-icount", "shift=0,sleep=off")
 	}
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64")
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
 	if m.tty {
 		args = append(args, "-serial", "mon:stdio")
-		cmd.Stdin = os.Stdin
 	} else {
 		args = append(args, "-serial", "stdio")
 	}
-	cmd.Args = append(cmd.Args, args...)
+	return m.emulate(ctx, "qemu-system-x86_64", args)
+}
+
+// emulate runs QEMU, whose standard output is the machine's second serial port.
+func (m *machine) emulate(ctx context.Context, qemu string, args []string) error {
+	cmd := exec.CommandContext(ctx, qemu, args...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
 	cmd.Stdout = m.port
+	if m.tty {
+		cmd.Stdin = os.Stdin
+	}
 	err := runBound(cmd)
 	if err != nil && ctx.Err() == nil {
 		return fmt.Errorf("qemu: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))

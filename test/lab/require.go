@@ -14,26 +14,27 @@ const bashCompletion = "/usr/share/bash-completion/bash_completion"
 
 // packages tells which Debian package holds a tool; others are named like their tool.
 var packages = map[string]string{
-	"qemu-system-x86_64": "qemu-system-x86",
-	"busybox":            "busybox-static",
-	"apt-cache":          "apt",
-	"apt-get":            "apt",
-	"dpkg-deb":           "dpkg",
-	"depmod":             "kmod",
-	"modprobe":           "kmod",
-	"script":             "bsdutils",
-	"libvirtd":           "libvirt-daemon-system",
-	"virtlogd":           "libvirt-daemon",
-	"virsh":              "libvirt-clients",
-	"perf":               "linux-perf",
-	"promtool":           "prometheus",
-	"man":                "man-db",
-	bashCompletion:       "bash-completion",
-	bochsTerm:            "bochs-term",
-	bochsBIOS:            "bochsbios",
-	vgaBIOS:              "vgabios",
-	isolinux:             "isolinux",
-	ldlinux:              "syslinux-common",
+	"qemu-system-x86_64":  "qemu-system-x86",
+	"qemu-system-aarch64": "qemu-system-arm",
+	"busybox":             "busybox-static",
+	"apt-cache":           "apt",
+	"apt-get":             "apt",
+	"dpkg-deb":            "dpkg",
+	"depmod":              "kmod",
+	"modprobe":            "kmod",
+	"script":              "bsdutils",
+	"libvirtd":            "libvirt-daemon-system",
+	"virtlogd":            "libvirt-daemon",
+	"virsh":               "libvirt-clients",
+	"perf":                "linux-perf",
+	"promtool":            "prometheus",
+	"man":                 "man-db",
+	bashCompletion:        "bash-completion",
+	bochsTerm:             "bochs-term",
+	bochsBIOS:             "bochsbios",
+	vgaBIOS:               "vgabios",
+	isolinux:              "isolinux",
+	ldlinux:               "syslinux-common",
 }
 
 // Require skips the test if a tool is missing on the host, and says how to get it. Where the environment has CI=true the
@@ -71,9 +72,12 @@ func (c Config) Require(t testing.TB) {
 		t.Skip("boots a machine: not with -short")
 	}
 	tools := []string{"apt-get", "apt-cache", "dpkg-deb", "depmod", "modprobe", "busybox"}
-	if c.Emulator == Bochs {
+	switch c.Emulator {
+	case Bochs:
 		tools = append(tools, "bochs", "script", "xorriso", bochsTerm, bochsBIOS, vgaBIOS, isolinux, ldlinux)
-	} else {
+	case ARM64:
+		tools = append(tools, "qemu-system-aarch64")
+	default:
 		tools = append(tools, "qemu-system-x86_64")
 	}
 	Require(t, tools...)

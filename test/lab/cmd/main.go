@@ -46,8 +46,8 @@ func run(args []string) error {
 	}
 	c := lab.Config{Name: args[0], Output: os.Stdout}
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
-	flags.StringVar(&c.Kernel, "kernel", "", "kernel `version`: series (6.1, 6.12, 6.1-rt, 6.1-debug) or release; $"+lab.KernelVar+" or "+lab.DefaultKernel+" by default")
-	flags.StringVar((*string)(&c.Emulator), "emulator", string(lab.QEMU), "`qemu` (AMD SVM) or bochs (Intel VMX)")
+	flags.StringVar(&c.Kernel, "kernel", "", "kernel `version`: series (6.1, 6.12, 6.1-rt, 6.1-arm64, 6.1-debug) or release; $"+lab.KernelVar+" or "+lab.DefaultKernel+" by default")
+	flags.StringVar((*string)(&c.Emulator), "emulator", string(lab.QEMU), "`qemu` (AMD SVM), bochs (Intel VMX) or arm64")
 	flags.IntVar(&c.CPUs, "cpus", 0, "number of CPUs")
 	flags.IntVar(&c.Memory, "memory", 0, "memory in MiB")
 	flags.StringVar(&c.System, "system", "", "`root` of a Debian system that is to boot with its own init; the host is at /host")

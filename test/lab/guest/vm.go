@@ -117,11 +117,12 @@ func (vm *VM) init(kvm *os.File, vcpus int) error {
 	if err != nil {
 		return err
 	}
+	share := memorySize / vcpus &^ 15 // instructions of arm64 are aligned
 	for i := range vcpus {
 		v := &VCPU{
 			vm:    vm,
-			size:  memorySize / vcpus,
-			base:  memorySize / vcpus * i,
+			size:  share,
+			base:  share * i,
 			start: make(chan func() error),
 			ended: make(chan error, 1),
 			dead:  make(chan struct{}),
