@@ -230,7 +230,7 @@ var arm64Names = map[uint32]string{
 	0x3a: "VECTOR32",
 	0x3c: "BRK64",
 
-	arm64Type | 0x0:       "IRQ",
+	arm64Type:             "IRQ",
 	arm64Type | 0x1:       "EL1_SERROR",
 	arm64Type | 0x3:       "IL",
 	arm64Type | 0xbadca11: "HYP_GONE",

@@ -7,6 +7,7 @@ package arm64
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -77,6 +78,104 @@ func (p process) Exit(vcpu int, kind sourcetest.Kind, n int) error {
 
 // TestNames has each exit under the kernel's name, and as many in all as KVM itself says.
 func TestNames(t *testing.T) {
+	src := open(t)
+	vm, err := guest.NewVM(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer vm.Close()
+	run(t, vm, "sys:30,hvc:0x86000000:40,hvc:50,smc:60,wfi:7,mmio:0x80000:80,spin:1000000")
+	if err := vm.VCPUs[0].Wait(); err != nil {
+		t.Fatal(err)
+	}
+	slot := only(t, src)
+	if slot.ISA != exitreason.ARM64 || slot.VCPU != 0 || slot.TID != vm.VCPUs[0].TID() {
+		t.Errorf("isa %v, vcpu %d, thread %d, want %d", slot.ISA, slot.VCPU, slot.TID, vm.VCPUs[0].TID())
+	}
+	got := map[string]uint64{}
+	for _, r := range slot.Rows {
+		name := exitreason.Name(slot.ISA, r.Code)
+		t.Logf("%-10s code %#4x count %4d time %12d user %12d", name, r.Code, r.Count, r.Time, r.User)
+		got[name] = r.Count
+	}
+	t.Logf("%+v", slot.Times)
+	delete(got, "IRQ") // the host's own
+	want := map[string]uint64{"SYS64": 30, "HVC64": 90, "SMC64": 60, "WFx": 7, "DABT_LOW": 81, "IABT_LOW": 1}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("exits (-want +got):\n%s", diff)
+	}
+	if exits := kvmExits(t, vm); slot.Exits() != exits {
+		t.Errorf("%d exits, KVM has counted %d", slot.Exits(), exits)
+	}
+}
+
+// TestHalt has the time of a halt be that, while it lasts, when it has ended, and when the vCPU dies in it.
+func TestHalt(t *testing.T) {
+	src := open(t)
+	vm, err := guest.NewHaltingVM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := false
+	defer func() {
+		if !closed {
+			vm.Close()
+		}
+	}()
+	halted := func(n int) {
+		t.Helper()
+		inside.Eventually(t, fmt.Sprintf("halt %d", n), 10*time.Second, func() bool {
+			stats, err := vm.VCPUs[0].Stats()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return stats["wfi_exit_stat"] == uint64(n) && stats["blocking"] == 1
+		})
+	}
+	run(t, vm, "wfi:2")
+	const pause = 500 * time.Millisecond
+	var last uint64
+	check := func(what string) {
+		t.Helper()
+		slot := only(t, src)
+		t.Logf("%s: %+v", what, slot.Times)
+		if slot.Times.Halted < last+uint64(pause*9/10) {
+			t.Errorf("%s: halted for %d ns, %d before and then %v more", what, slot.Times.Halted, last, pause)
+		}
+		last = slot.Times.Halted
+	}
+	halted(1)
+	time.Sleep(pause)
+	check("in a halt")
+	if err := vm.VCPUs[0].Wake(); err != nil {
+		t.Fatal(err)
+	}
+	halted(2)
+	if slot := only(t, src); slot.Times.Halted < last {
+		t.Errorf("the halt has ended: halted for %d ns, %d before", slot.Times.Halted, last)
+	}
+	time.Sleep(pause)
+	check("in another")
+	time.Sleep(pause)
+	if err := src.SetLevel(snapshot.Off); err != nil {
+		t.Fatal(err)
+	}
+	check("retired")
+	if slot := only(t, src); !slot.Retired {
+		t.Error("the slot has not retired")
+	}
+	closed = true
+	vm.VCPUs[0].Stop()
+	if err := vm.VCPUs[0].Wait(); err != nil {
+		t.Error(err)
+	}
+	if err := vm.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func open(t *testing.T) source.Source {
+	t.Helper()
 	src, err := newCollector(t).Open()
 	if err != nil {
 		t.Fatal(err)
@@ -84,18 +183,22 @@ func TestNames(t *testing.T) {
 	if err := src.SetLevel(snapshot.Time); err != nil {
 		t.Fatal(err)
 	}
-	vm, err := guest.NewVM(1)
+	return src
+}
+
+// run starts a program on the first vCPU.
+func run(t *testing.T, vm *guest.VM, program string) {
+	t.Helper()
+	p, err := guest.Parse(program)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer vm.Close()
-	p, err := guest.Parse("sys:30,hvc:0x86000000:40,hvc:50,smc:60,wfi:7,mmio:0x80000:80,spin:1000000")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := vm.VCPUs[0].Run(p); err != nil {
-		t.Fatal(err)
-	}
+	vm.VCPUs[0].Start(p)
+}
+
+// only is the one slot in use.
+func only(t *testing.T, src source.Source) *snapshot.Slot {
+	t.Helper()
 	all, err := src.Snapshot()
 	if err != nil {
 		t.Fatal(err)
@@ -103,29 +206,14 @@ func TestNames(t *testing.T) {
 	if len(all.Slots) != 1 || all.Unattributed != 0 || all.Refused != 0 {
 		t.Fatalf("%d slots, %d unattributed, %d refused", len(all.Slots), all.Unattributed, all.Refused)
 	}
-	slot := &all.Slots[0]
-	if slot.ISA != exitreason.ARM64 || slot.VCPU != 0 || slot.TID != vm.VCPUs[0].TID() {
-		t.Errorf("isa %v, vcpu %d, thread %d, want %d", slot.ISA, slot.VCPU, slot.TID, vm.VCPUs[0].TID())
-	}
-	got := map[string]uint64{}
-	for _, r := range slot.Rows {
-		name := exitreason.Name(slot.ISA, r.Code)
-		t.Logf("%-10s code %#4x count %4d time %12d max %12d user %12d", name, r.Code, r.Count, r.Time, r.Max, r.User)
-		if name == "IRQ" {
-			continue // the host's own
-		}
-		got[name] = r.Count
-	}
-	t.Logf("%+v", slot.Times)
-	want := map[string]uint64{"SYS64": 30, "HVC64": 90, "SMC64": 60, "WFx": 7, "DABT_LOW": 81, "IABT_LOW": 1}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("exits (-want +got):\n%s", diff)
-	}
+	return &all.Slots[0]
+}
+
+func kvmExits(t *testing.T, vm *guest.VM) uint64 {
+	t.Helper()
 	stats, err := vm.VCPUs[0].Stats()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if slot.Exits() != stats["exits"] {
-		t.Errorf("%d exits, KVM has counted %d", slot.Exits(), stats["exits"])
-	}
+	return stats["exits"]
 }

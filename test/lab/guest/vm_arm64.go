@@ -20,12 +20,20 @@ const (
 	runMMIOAddr = runUnion // offset in struct kvm_run
 )
 
-type platform struct{}
+type platform struct {
+	halting bool // a halt lasts until Wake
+}
 
 const memoryAddr = 0
 
 // NewVM makes a VM without interrupt controller, whose vCPU threads wait for programs.
 func NewVM(vcpus int) (*VM, error) { return platform{}.newVM(vcpus) }
+
+// NewHaltingVM makes a VM with one vCPU whose WFI lasts until Wake.
+func NewHaltingVM() (*VM, error) { return platform{halting: true}.newVM(1) }
+
+// Wake ends the halt of a vCPU of NewHaltingVM, if it is in one.
+func (v *VCPU) Wake() error { return v.Signal() }
 
 func (vm *VM) prepare() error { return nil }
 
@@ -61,7 +69,7 @@ func (v *VCPU) atEnd(reason uint32) bool {
 
 // rouse ends the halts of a program until stop is called. A signal that comes at another moment does nothing.
 func (v *VCPU) rouse(p Program) (stop func()) {
-	if !slices.ContainsFunc(p.Ops, func(op Op) bool { return op.Kind == kindWFI }) {
+	if v.vm.halting || !slices.ContainsFunc(p.Ops, func(op Op) bool { return op.Kind == kindWFI }) {
 		return func() {}
 	}
 	done := make(chan struct{})
