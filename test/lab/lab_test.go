@@ -19,6 +19,7 @@ import (
 
 func TestRun(t *testing.T) {
 	Config{}.Require(t)
+	Config{Emulator: ARM64}.Require(t)
 	release := func(version string) string {
 		k, err := FindKernel(version)
 		if err != nil {
@@ -45,6 +46,15 @@ func TestRun(t *testing.T) {
 			check:  func(err error) bool { return err == nil },
 		},
 		{
+			name:   "arm64",
+			config: Config{Emulator: ARM64, Kernel: "6.1-arm64", Command: []string{"sh", "-c", "uname -m; exit 7"}},
+			want:   "aarch64\n",
+			check: func(err error) bool {
+				var exit *ExitError
+				return errors.As(err, &exit) && exit.Status == 7
+			},
+		},
+		{
 			name:   "output is untouched",
 			config: Config{Command: []string{"printf", `a\tb\r\n\036lab: \036no newline`}},
 			want:   "a\tb\r\n\036lab: \036no newline",
@@ -62,6 +72,14 @@ func TestRun(t *testing.T) {
 		{
 			name:   "panic",
 			config: Config{Command: []string{"sh", "-c", "echo c >/proc/sysrq-trigger"}},
+			check: func(err error) bool {
+				return err != nil && strings.Contains(err.Error(), "went down without an exit status") &&
+					strings.Contains(err.Error(), "Kernel panic - not syncing: sysrq triggered crash")
+			},
+		},
+		{
+			name:   "arm64 panic",
+			config: Config{Emulator: ARM64, Kernel: "6.1-arm64", Command: []string{"sh", "-c", "echo c >/proc/sysrq-trigger"}},
 			check: func(err error) bool {
 				return err != nil && strings.Contains(err.Error(), "went down without an exit status") &&
 					strings.Contains(err.Error(), "Kernel panic - not syncing: sysrq triggered crash")
@@ -99,6 +117,7 @@ func TestMissing(t *testing.T) {
 		want string // part of the error
 	}{
 		{"series", func() error { _, err := Release("6.99-rt"); return err }, "no kernel 6.99-rt"},
+		{"series of arm64", func() error { _, err := Release("6.99-arm64"); return err }, "no kernel 6.99-arm64"},
 		{"debug kernel", func() error { _, err := FindKernel("6.99-debug"); return err }, "make lab-debug-kernel"},
 		{"headers", func() error { _, err := FindHeaders("6.1.0-1-rt-amd64"); return err }, "no package linux-headers-6.1.0-1-rt-amd64"},
 		{"source of a kernel without headers", func() error { _, err := FindSource("6.1.0-1-amd64", false); return err }, "no package linux-headers-6.1.0-1-amd64"},
