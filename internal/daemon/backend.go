@@ -90,11 +90,11 @@ func (d *Daemon) Domains() api.Domains {
 	view, period, seq := d.view, d.period, d.periods
 	d.mu.Unlock()
 	return api.Domains{Seq: seq, DaemonSince: d.started, Time: d.wall(view.Time), Domains: d.list(view, func(total *ledger.Total) (counts, rates *ledger.Total) {
-		end := period[1].Processes[total.Process]
+		end := period[1].Processes[total.Process.InProc()]
 		if end == nil {
 			return total, total // new: it has rates since its start
 		}
-		return total, end.Sub(period[0].Processes[total.Process])
+		return total, end.Sub(period[0].Processes[total.Process.InProc()])
 	})}
 }
 
@@ -174,7 +174,7 @@ func (d *Daemon) Watch(ctx context.Context, names []string, interval time.Durati
 // between tells what all domains did from one view to another.
 func (d *Daemon) between(begin, end *ledger.View) []api.Domain {
 	return d.list(end, func(total *ledger.Total) (counts, rates *ledger.Total) {
-		diff := total.Sub(begin.Processes[total.Process])
+		diff := total.Sub(begin.Processes[total.Process.InProc()])
 		return diff, diff
 	})
 }

@@ -332,27 +332,27 @@ func (h *host) Refresh() error {
 func (h *host) Lookup(p snapshot.Process, comm string) (vmmap.Domain, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if d, ok := h.learnt[inProc(p)]; ok {
+	if d, ok := h.learnt[p.InProc()]; ok {
 		return d, true
 	}
-	if _, ok := h.named[inProc(p)]; !ok { // the first word of it stays
-		h.named[inProc(p)] = fmt.Sprintf("%s-%d", comm, p.TGID)
+	if _, ok := h.named[p.InProc()]; !ok { // the first word of it stays
+		h.named[p.InProc()] = fmt.Sprintf("%s-%d", comm, p.TGID)
 	}
-	return vmmap.Domain{Name: h.named[inProc(p)], TGID: p.TGID, State: vmmap.Running, Source: "process"}, false
+	return vmmap.Domain{Name: h.named[p.InProc()], TGID: p.TGID, State: vmmap.Running, Source: "process"}, false
 }
 
 func (h *host) Forget(p snapshot.Process) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	delete(h.learnt, inProc(p))
-	delete(h.named, inProc(p))
+	delete(h.learnt, p.InProc())
+	delete(h.named, p.InProc())
 }
 
 func (h *host) Restore(p snapshot.Process, d vmmap.Domain) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	d.ID, d.TGID, d.State = nil, 0, vmmap.ShutOff
-	h.learnt[inProc(p)] = d
+	h.learnt[p.InProc()] = d
 }
 
 func (h *host) Domains() []vmmap.Domain {

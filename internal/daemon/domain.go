@@ -52,14 +52,14 @@ func (d *Daemon) each(view *ledger.View) iter.Seq2[vmmap.Domain, *ledger.Total] 
 			if !yield(identity, total) {
 				return
 			}
-			processes[inProc(p)] = true
+			processes[p] = true
 			if identity.UUID != "" {
 				uuids[identity.UUID] = true
 			}
 		}
 		for _, identity := range d.config.Identities.Domains() {
 			switch {
-			case identity.TGID != 0 && processes[inProc(snapshot.Process{TGID: identity.TGID, Start: identity.Start})]:
+			case identity.TGID != 0 && processes[snapshot.Process{TGID: identity.TGID, Start: identity.Start}.InProc()]:
 			case identity.TGID == 0 && identity.ID == nil && uuids[identity.UUID]: // the counts of its last run are known
 			default:
 				if !yield(identity, nil) {
@@ -70,18 +70,10 @@ func (d *Daemon) each(view *ledger.View) iter.Seq2[vmmap.Domain, *ledger.Total] 
 	}
 }
 
-const procTick = uint64(10 * time.Millisecond) // time passes in such steps in /proc
-
-// inProc is the process in the precision of /proc.
-func inProc(p snapshot.Process) snapshot.Process {
-	p.Start -= p.Start % procTick
-	return p
-}
-
 // runOf names a process. What ended before the host booted began before that,
 // which the ledger keeps modulo 2^64.
 func runOf(p snapshot.Process) string {
-	return fmt.Sprintf("%d-%d", p.TGID, int64(p.Start)/int64(procTick))
+	return fmt.Sprintf("%d-%d", p.TGID, int64(p.Start)/int64(10*time.Millisecond))
 }
 
 // running tells of the domains that are reported when none is named.

@@ -32,7 +32,7 @@ func TestDomain(t *testing.T) {
 	view := &ledger.View{TickHz: tickHz}
 	counted := func(level snapshot.Level) *ledger.Total {
 		return &ledger.Total{
-			Process: snapshot.Process{TGID: 1, Start: 71*procTick - 1},
+			Process: snapshot.Process{TGID: 1, Start: 71*uint64(10*time.Millisecond) - 1},
 			Wall:    10 * second, Span: 2 * second, Level: level, Exits: 30, Times: times(3),
 			VCPUs: []ledger.VCPU{{ID: 0, TID: 10, Exits: 10, Times: times(1)}, {ID: 4, TID: 14, Exits: 20, Times: times(2)}},
 			Rows: []ledger.Row{{ISA: exitreason.SVM, Row: snapshot.Row{
@@ -47,7 +47,7 @@ func TestDomain(t *testing.T) {
 			{ID: 4, TID: 14, Times: snapshot.Times{Guest: us(25), Halted: us(25)}}},
 		Rows: []ledger.Row{{ISA: exitreason.SVM, Row: snapshot.Row{Code: 0x7b, Count: 5}}},
 	}
-	identity := vmmap.Domain{Name: "web", TGID: 1, Start: 70 * procTick, State: vmmap.Running, VCPUs: map[int]int{10: 0, 14: 1, 99: 2},
+	identity := vmmap.Domain{Name: "web", TGID: 1, Start: 70 * uint64(10*time.Millisecond), State: vmmap.Running, VCPUs: map[int]int{10: 0, 14: 1, 99: 2},
 		Metadata: vmmap.Metadata{Title: "Web", Description: "d", Cloud: &vmmap.Cloud{System: "nova", Name: "n", InstanceUUID: "i", Namespace: "s",
 			Project: "p", ProjectID: "pi", User: "u", UserID: "ui", Flavor: "f"}}}
 	cloud := &api.Cloud{System: "nova", Name: "n", InstanceUUID: "i", Namespace: "s", Project: "p", ProjectID: "pi", User: "u", UserID: "ui", Flavor: "f"}

@@ -34,7 +34,7 @@ func (w *wish) now() snapshot.Level {
 
 // of is the level of a process, pauses aside, and whether it is that of all.
 func (w *wish) of(p snapshot.Process) (level snapshot.Level, byDefault bool) {
-	if level, ok := w.processes[inProc(p)]; ok {
+	if level, ok := w.processes[p.InProc()]; ok {
 		return level, false
 	}
 	return w.level, true
@@ -64,7 +64,7 @@ func (d *Daemon) commandProcesses() error {
 	// In a pause too: the higher level of a process would be in force. One that
 	// is not counted at all stays so, lest it be counted when the pause ends.
 	for p, level := range d.given {
-		if _, wished := d.wish.processes[inProc(p)]; !wished || d.wish.paused && level > snapshot.Pause {
+		if _, wished := d.wish.processes[p.InProc()]; !wished || d.wish.paused && level > snapshot.Pause {
 			delete(d.given, p)
 			errs = append(errs, d.source.SetProcessLevel(p, nil))
 		}
@@ -72,8 +72,9 @@ func (d *Daemon) commandProcesses() error {
 	if d.wish.paused || len(d.wish.processes) == 0 {
 		return errors.Join(errs...)
 	}
-	for p, total := range d.view.Processes {
-		level, wished := d.wish.processes[inProc(p)]
+	for id, total := range d.view.Processes {
+		p := total.Process
+		level, wished := d.wish.processes[id]
 		if given, ok := d.given[p]; !wished || !total.Live || ok && given == level {
 			continue
 		}
@@ -92,7 +93,7 @@ func (d *Daemon) alive(p snapshot.Process) bool {
 		return identity.TGID != 0
 	}
 	for q, total := range d.view.Processes {
-		if total.Live && inProc(q) == inProc(p) {
+		if total.Live && q == p.InProc() {
 			return true
 		}
 	}
@@ -123,7 +124,7 @@ func (d *Daemon) find(name string) (api.Domain, snapshot.Process, error) {
 			p.Start = max(p.Start, identity.Start)
 		}
 	}
-	return *domain, inProc(p), nil
+	return *domain, p.InProc(), nil
 }
 
 // DomainLevel tells a running domain's level.

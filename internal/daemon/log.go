@@ -42,7 +42,7 @@ func (d *Daemon) openLog(name string, q api.LogQuery) (*log, error) {
 	}
 	for i := range snap.Slots {
 		s := &snap.Slots[i]
-		if inProc(s.Process) == p && q.Reason != "" && !exitreason.Known(s.ISA, q.Reason) {
+		if s.Process.InProc() == p && q.Reason != "" && !exitreason.Known(s.ISA, q.Reason) {
 			return nil, &api.ConflictError{Reason: fmt.Sprintf("no exit of %v is called '%s'", s.ISA, q.Reason)}
 		}
 	}
@@ -89,7 +89,7 @@ func (l *log) read(present bool) (reading, error) {
 	identity, _ := l.daemon.config.Identities.Lookup(l.process, "")
 	for i := range snap.Slots {
 		s := &snap.Slots[i]
-		if inProc(s.Process) != l.process {
+		if s.Process.InProc() != l.process {
 			continue
 		}
 		vcpu := s.VCPU

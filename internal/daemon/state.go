@@ -326,9 +326,9 @@ func (d *Daemon) save() {
 		ledger:      d.ledger.State(),
 		domains:     make(map[snapshot.Process]vmmap.Domain),
 	}
-	for p, total := range d.view.Processes {
-		if domain, known := d.config.Identities.Lookup(p, total.Comm); known {
-			s.domains[p] = domain
+	for _, total := range d.view.Processes {
+		if domain, known := d.config.Identities.Lookup(total.Process, total.Comm); known {
+			s.domains[total.Process] = domain
 		}
 	}
 	src, release := d.source, d.release

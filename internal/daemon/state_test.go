@@ -479,7 +479,7 @@ func TestSavedBeforeReleased(t *testing.T) {
 			for _, slot := range m.snap.Slots {
 				if slices.Contains(ids, slot.ID) {
 					released++
-					if total := saved.Processes[slot.Process]; total == nil || total.Live || total.Exits != slot.Exits() {
+					if total := saved.Processes[slot.Process.InProc()]; total == nil || total.Live || total.Exits != slot.Exits() {
 						t.Errorf("slot %v of %d exits is released, saved is %+v", slot.ID, slot.Exits(), total)
 					}
 				}

@@ -28,10 +28,10 @@ type Retention struct {
 // Ledger keeps totals. It is not safe for concurrent use.
 type Ledger struct {
 	keep      Retention
-	processes map[snapshot.Process]*process
-	slots     map[use]known    // of the latest snapshot
-	spare     map[use]known    // an empty one: saves an allocation at each snapshot
-	before    []*snapshot.Slot // as is said at follow; empty too
+	processes map[snapshot.Process]*process // InProc: so do all collectors know it
+	slots     map[use]known                 // of the latest snapshot
+	spare     map[use]known                 // an empty one: saves an allocation at each snapshot
+	before    []*snapshot.Slot              // as is said at follow; empty too
 	kernel    kernel
 	earlier   Totals // of collectors that were replaced
 	counted   uint64 // nanoseconds, by collectors that were replaced
@@ -193,10 +193,11 @@ func (l *Ledger) replace() {
 }
 
 func (l *Ledger) process(s *snapshot.Slot) *process {
-	p := l.processes[s.Process]
+	id := s.Process.InProc()
+	p := l.processes[id]
 	if p == nil {
 		p = &process{total: &Total{Process: s.Process, Comm: s.Comm, Since: s.Since}}
-		l.processes[s.Process] = p
+		l.processes[id] = p
 	}
 	return p
 }
@@ -263,7 +264,7 @@ func (l *Ledger) Expire(alive func(snapshot.Process) bool) (forgotten []snapshot
 	for i, p := range ended {
 		if i >= l.keep.Count || sub(l.now, p.total.Seen) > uint64(l.keep.Age) {
 			l.forgotten += p.total.Exits
-			delete(l.processes, p.total.Process)
+			delete(l.processes, p.total.Process.InProc())
 			forgotten = append(forgotten, p.total.Process)
 		}
 	}

@@ -28,7 +28,7 @@ var forever = Retention{Age: math.MaxInt64, Count: math.MaxInt}
 func slot(index, generation uint32, count uint64) snapshot.Slot {
 	return snapshot.Slot{
 		ID:      snapshot.SlotID{Index: index, Generation: generation},
-		Process: snapshot.Process{TGID: 100 * int(index), Start: 1},
+		Process: snapshot.Process{TGID: 100 * int(index), Start: 1e7},
 		Comm:    "qemu",
 		TID:     int(100*index + generation),
 		VCPU:    int(index),
@@ -72,7 +72,7 @@ func TestTotals(t *testing.T) {
 	if diff := cmp.Diff([]snapshot.SlotID{{Index: 1, Generation: 1}, {Index: 1, Generation: 3}}, release); diff != "" {
 		t.Errorf("release (-want +got)\n%s", diff)
 	}
-	p := snapshot.Process{TGID: 100, Start: 1}
+	p := snapshot.Process{TGID: 100, Start: 1e7}
 	other := snapshot.Row{Code: 9, Other: true, Count: 1}
 	want := &Total{
 		Process: p, Comm: "qemu", Since: 1 * second, Seen: 11 * second, Wall: 10 * second, Span: 8 * second, Live: true, Level: snapshot.Recent, Exits: 33,
@@ -195,7 +195,7 @@ func TestSpan(t *testing.T) {
 					l.Reopen()
 				}
 				apply(t, l, s.now*second, s.snap)
-				got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1}]
+				got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1e7}]
 				if got.Wall != s.wall*second || got.Span != s.span*second {
 					t.Errorf("at %d s: observed %v of %v, want %d s of %d s", s.now, time.Duration(got.Span), time.Duration(got.Wall), s.span, s.wall)
 				}
@@ -225,7 +225,7 @@ func TestLevel(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			l := New(forever)
 			apply(t, l, 10*second, snapshot.Snapshot{Slots: tc.slots})
-			if got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1}].Level; got != tc.want {
+			if got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1e7}].Level; got != tc.want {
 				t.Errorf("level %v, want %v", got, tc.want)
 			}
 		})
@@ -237,7 +237,7 @@ func TestLevel(t *testing.T) {
 func TestTimes(t *testing.T) {
 	l := New(forever)
 	for i, step := range []struct {
-		name       string
+		name      string
 		slots      []snapshot.Slot
 		vcpu1, sum snapshot.Times
 	}{
@@ -257,7 +257,7 @@ func TestTimes(t *testing.T) {
 			snapshot.Times{Guest: 17, KVM: 95, User: 1, Halted: 100, Wait: 7, Poll: 7, Outside: 2}},
 	} {
 		apply(t, l, uint64(i+10)*second, snapshot.Snapshot{Slots: step.slots})
-		got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1}]
+		got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1e7}]
 		if diff := cmp.Diff(step.vcpu1, got.VCPUs[0].Times); diff != "" {
 			t.Errorf("%s: vCPU 1 (-want +got)\n%s", step.name, diff)
 		}
@@ -470,7 +470,7 @@ func (k *sim) exits(n int) {
 			k.generation[i]++
 			k.slots[i] = &snapshot.Slot{
 				ID:      snapshot.SlotID{Index: uint32(i), Generation: k.generation[i]},
-				Process: snapshot.Process{TGID: 1 + k.rng.IntN(3), Start: 1},
+				Process: snapshot.Process{TGID: 1 + k.rng.IntN(3), Start: 1e7},
 				VCPU:    k.rng.IntN(3),
 				Since:   k.now,
 				ISA:     exitreason.SVM,
@@ -741,7 +741,7 @@ func TestViewStays(t *testing.T) {
 	var last *Total
 	for i, v := range views {
 		n := uint64(i + 1)
-		total := v.Processes[snapshot.Process{TGID: 100, Start: 1}]
+		total := v.Processes[snapshot.Process{TGID: 100, Start: 1e7}]
 		if diff := cmp.Diff([]Row{{exitreason.SVM, row(0x72, 2*n)}, {exitreason.SVM, row(0x7b, 5)}}, total.Rows); diff != "" {
 			t.Errorf("view %d (-want +got)\n%s", i, diff)
 		}
@@ -780,6 +780,42 @@ func BenchmarkApply(b *testing.B) {
 					b.Fatal(err)
 				}
 				l.View()
+			}
+		})
+	}
+}
+
+// One collector has a process's start time from the kernel, another from /proc.
+func TestPrecision(t *testing.T) {
+	const tick = 10 * 1e6
+	for _, tc := range []struct {
+		name      string
+		first     uint64
+		second    uint64
+		continued bool
+	}{
+		{name: "finer", first: 5 * tick, second: 5*tick + 3, continued: true},
+		{name: "coarser", first: 6*tick - 1, second: 5 * tick, continued: true},
+		{name: "another process", first: 6*tick - 1, second: 6 * tick},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := New(forever)
+			a, b := slot(1, 1, 5), slot(1, 1, 7)
+			a.Process.Start, b.Process.Start = tc.first, tc.second
+			apply(t, l, second, snapshot.Snapshot{TickHz: 1, Loaded: 1, Slots: []snapshot.Slot{a}})
+			l = restored(t, forever, l.State())
+			l.Reopen()
+			apply(t, l, 2*second, snapshot.Snapshot{TickHz: 1, Loaded: 2, Slots: []snapshot.Slot{b}})
+			got := map[snapshot.Process]uint64{}
+			for _, total := range l.View().Processes {
+				got[total.Process] = total.Exits
+			}
+			want := map[snapshot.Process]uint64{b.Process: 12}
+			if !tc.continued {
+				want = map[snapshot.Process]uint64{a.Process: 5, b.Process: 7}
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("exits (-want +got)\n%s", diff)
 			}
 		})
 	}

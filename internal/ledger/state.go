@@ -189,7 +189,7 @@ func (l *Ledger) restore(h *Head) {
 
 func (l *Ledger) restoreProcess(r *ProcessRecord) error {
 	id := r.Process()
-	if l.processes[id] != nil {
+	if l.processes[id.InProc()] != nil {
 		return fmt.Errorf("process %d appears twice", id.TGID)
 	}
 	t := &Total{Process: id, Comm: r.Comm, Since: r.Since, Seen: r.Seen, Wall: r.Wall, Span: r.Span, Live: r.Live, Level: r.Level}
@@ -215,7 +215,7 @@ func (l *Ledger) restoreProcess(r *ProcessRecord) error {
 		return fmt.Errorf("%w: process %d: %d exits by vCPU, %d by reason", ErrInconsistent, id.TGID, exits, t.Exits)
 	}
 	t.sumTimes()
-	l.processes[id] = &process{total: t}
+	l.processes[id.InProc()] = &process{total: t}
 	return nil
 }
 
@@ -228,7 +228,7 @@ func (l *Ledger) restoreSlot(r *SlotRecord) error {
 	if err != nil {
 		return fmt.Errorf("slot %d: %w", r.Index, err)
 	}
-	if !s.Retired && l.processes[s.Process] == nil {
+	if !s.Retired && l.processes[s.Process.InProc()] == nil {
 		return fmt.Errorf("slot %d: process %d is not known", r.Index, r.TGID)
 	}
 	l.slots[u] = known{s, r.Exits}
@@ -272,7 +272,7 @@ func (l *Ledger) Reboot(at uint64) {
 		t := p.total.next()
 		t.shift(shift)
 		t.sumTimes()
-		l.processes[t.Process] = &process{total: t}
+		l.processes[t.Process.InProc()] = &process{total: t}
 	}
 }
 

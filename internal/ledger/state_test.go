@@ -77,7 +77,7 @@ func TestRestore(t *testing.T) {
 	if diff := cmp.Diff(Totals{Exits: 62, Attributed: 58, Unattributed: 4}, l.Totals()); diff != "" {
 		t.Errorf("totals (-want +got)\n%s", diff)
 	}
-	got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1}]
+	got := l.View().Processes[snapshot.Process{TGID: 100, Start: 1e7}]
 	if got.Exits != 50 || got.Live || got.Wall != 69*second || got.Span != 6*second {
 		t.Errorf("%d exits, live: %t, observed %d of %d ns", got.Exits, got.Live, got.Span, got.Wall)
 	}
@@ -129,7 +129,7 @@ func TestReboot(t *testing.T) {
 	var counts []uint64
 	for p, total := range l.View().Processes {
 		counts = append(counts, total.Exits)
-		if live := p.Start == 1; total.Process != p || total.Live != live || live != (total.Exits == 2) {
+		if live := p.Start == 1e7; total.Process.InProc() != p || total.Live != live || live != (total.Exits == 2) {
 			t.Errorf("%v: %+v", p, total)
 		}
 		if since := int64(total.Since); total.Live != (since == int64(second)) || !total.Live && since != -139*int64(second) {

@@ -12,24 +12,24 @@ import (
 
 // View is the ledger at one moment. It is not changed once made.
 type View struct {
-	Time      uint64 // nanoseconds of CLOCK_BOOTTIME
-	TickHz    uint64 // ticks per second of every duration that the kernel measured
-	Counted   uint64 // nanoseconds in which exits were counted, by all collectors
-	Processes map[snapshot.Process]*Total
+	Time      uint64                      // nanoseconds of CLOCK_BOOTTIME
+	TickHz    uint64                      // ticks per second of every duration that the kernel measured
+	Counted   uint64                      // nanoseconds in which exits were counted, by all collectors
+	Processes map[snapshot.Process]*Total // InProc
 	Totals    Totals
 }
 
 // Total holds the counts of one process: since it was first counted, or
 // between two views.
 type Total struct {
-	Process snapshot.Process
-	Comm    string         // the process's name
-	Since   uint64         // counting began: nanoseconds of CLOCK_BOOTTIME
-	Seen    uint64         // it was last counted: the same; negative, that is, wrapped around, before the host booted
-	Wall    uint64         // the nanoseconds that the counts cover
-	Span    uint64         // of Wall, those observed: exits were counted
-	Live    bool           // it has slots in use
-	Level   snapshot.Level // the highest of those; Off when there are none
+	Process snapshot.Process // as the collector knows it
+	Comm    string           // the process's name
+	Since   uint64           // counting began: nanoseconds of CLOCK_BOOTTIME
+	Seen    uint64           // it was last counted: the same; negative, that is, wrapped around, before the host booted
+	Wall    uint64           // the nanoseconds that the counts cover
+	Span    uint64           // of Wall, those observed: exits were counted
+	Live    bool             // it has slots in use
+	Level   snapshot.Level   // the highest of those; Off when there are none
 	Exits   uint64
 	Times   snapshot.Times // of all vCPUs
 	VCPUs   []VCPU         // by number
@@ -98,7 +98,7 @@ func (t *Total) advance(last *Total, old, s *snapshot.Slot) {
 	if s.Since > v.since {
 		v.TID, v.since = s.TID, s.Since
 	}
-	t.Comm = s.Comm
+	t.Process, t.Comm = s.Process, s.Comm
 	t.Since = min(t.Since, s.Since)
 	if !s.Retired {
 		t.Live = true

@@ -58,7 +58,7 @@ func (c *Collector) choose(counts iter.Seq2[vmmap.Domain, *ledger.Total]) []doma
 		if t != nil {
 			x.process = t.Process
 		}
-		x.process = inProc(x.process)
+		x.process = x.process.InProc()
 		x.run, x.shown = c.runs[x.process]
 		if name := strings.ToValidUTF8(d.Name, "\ufffd"); x.name != name || x.uuid != d.UUID || d.ID != nil {
 			x.name, x.uuid, x.label = name, d.UUID, name
@@ -128,11 +128,4 @@ func (d *domain) info(labels ...*dto.LabelPair) []*dto.LabelPair {
 	}
 	slices.SortFunc(labels, func(a, b *dto.LabelPair) int { return cmp.Compare(a.GetName(), b.GetName()) })
 	return labels
-}
-
-// inProc is the process in the precision of /proc, where time passes in steps
-// of 10 ms.
-func inProc(p snapshot.Process) snapshot.Process {
-	p.Start -= p.Start % uint64(10*time.Millisecond)
-	return p
 }

@@ -445,7 +445,7 @@ func TestMonotone(t *testing.T) {
 			}
 			for _, r := range c.runs {
 				for _, d := range l.domains {
-					if d.Total != nil && r.name == d.Name && r.uuid == d.UUID && c.runs[inProc(d.Total.Process)] == r {
+					if d.Total != nil && r.name == d.Name && r.uuid == d.UUID && c.runs[d.Total.Process.InProc()] == r {
 						want += float64(d.Exits)
 					}
 				}

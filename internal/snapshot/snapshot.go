@@ -6,6 +6,7 @@ package snapshot
 
 import (
 	"fmt"
+	"time"
 
 	"virtexit/internal/exitreason"
 )
@@ -28,6 +29,15 @@ type SlotID struct {
 type Process struct {
 	TGID  int    // in the initial pid namespace
 	Start uint64 // nanoseconds of CLOCK_BOOTTIME
+}
+
+const procTick = uint64(10 * time.Millisecond) // time passes in such steps in /proc
+
+// InProc is the process in the precision of /proc, in which the kernel uses no
+// process id twice. Who has it from elsewhere than /proc knows it better.
+func (p Process) InProc() Process {
+	p.Start -= p.Start % procTick
+	return p
 }
 
 // Hist counts exits by duration: at most NumHist buckets, without those at the
