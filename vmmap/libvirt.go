@@ -17,6 +17,8 @@ const (
 	patience   = 2 * time.Second        // for an answer, before the daemon is said to hang
 	relist     = time.Minute            // without an event, in case one was missed
 	farewell   = time.Second            // for the connection to close when Run ends
+	rest       = 100 * time.Millisecond // between two readings of statistics, or as long as the last one took
+	readers    = 3                      // readings at a time; libvirt serves 5 calls of a client
 )
 
 // record is a domain as libvirt lists it.
@@ -29,9 +31,24 @@ type record struct {
 	metadata   *Metadata // nil when libvirt does not tell
 }
 
+// Run names one run of a domain, until libvirt's daemon is started again.
+type Run struct {
+	UUID string
+	ID   int
+}
+
+// Exits is what KVM's own statistics say, by way of libvirt and QEMU: how often
+// each vCPU has exited since it was made.
+type Exits struct {
+	Begun, Ended time.Time              // of the reading; zero when there was none
+	Runs         map[Run]map[int]uint64 // by libvirt's number of the vCPU; those that run, whether or not anything is told of them
+	Err          error                  // why there is nothing newer; nil when there may be soon
+}
+
 // conn is a read-only connection to a libvirt daemon. Its methods may block.
 type conn interface {
 	list() ([]record, error)
+	exits() (map[Run]map[int]uint64, error)
 	changed() <-chan struct{} // a domain changed since the last list
 	lost() <-chan error       // the connection ended
 	close()
@@ -53,13 +70,16 @@ type Libvirt struct {
 	now     func() time.Time
 	listing atomic.Pointer[listing]
 	waiting atomic.Pointer[time.Time] // since when libvirt owes an answer
+	exits   atomic.Pointer[Exits]
+	asked   chan struct{} // for exits
 }
 
 // NewLibvirt returns a Libvirt for the daemon at uri, such as
 // "qemu:///system". It does nothing until Run.
 func NewLibvirt(uri string) *Libvirt {
-	l := &Libvirt{uri: uri, dial: dial, now: time.Now}
+	l := &Libvirt{uri: uri, dial: dial, now: time.Now, asked: make(chan struct{}, 1)}
 	l.listing.Store(&listing{err: errNotYet})
+	l.exits.Store(&Exits{})
 	return l
 }
 
@@ -109,24 +129,111 @@ func (l *Libvirt) session(ctx context.Context) (connected bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	defer l.call(c.close)
-	for {
-		var records []record
-		l.call(func() { records, err = c.list() })
-		if err != nil {
-			return connected, err
+	r := reader{Libvirt: l, conn: c, ask: l.asked, done: make(chan Exits, readers)}
+	defer func() {
+		if r.busy == 0 {
+			l.call(c.close)
+			return
 		}
-		connected = true
-		l.listing.Store(&listing{records: records, at: l.now()})
+		go r.finish(c.close) // what hangs may do so for ever
+	}()
+	again := time.NewTicker(relist)
+	defer again.Stop()
+	for stale := true; ; {
+		if stale {
+			var records []record
+			l.call(func() { records, err = c.list() })
+			if err != nil {
+				return connected, err
+			}
+			connected, stale = true, false
+			l.listing.Store(&listing{records: records, at: l.now()})
+		}
 		select {
 		case <-ctx.Done():
 			return connected, ctx.Err()
 		case err := <-c.lost():
 			return connected, err
 		case <-c.changed():
-		case <-time.After(relist):
+			stale = true
+		case <-again.C:
+			stale = true
+		case <-r.ask:
+			r.begin()
+		case <-r.ready:
+			r.again()
+		case e := <-r.done:
+			r.end(e)
 		}
 	}
+}
+
+// reader reads statistics beside the lists, for QEMU has to be asked. A guest
+// that hangs holds up one reading, which the next ones pass by: libvirt leaves
+// out who is being asked.
+type reader struct {
+	*Libvirt
+	conn  conn
+	ask   <-chan struct{}  // nil: not before it is ready
+	ready <-chan time.Time // for the next one
+	done  chan Exits
+	busy  int
+}
+
+func (r *reader) begin() {
+	r.busy++
+	r.ask, r.ready = nil, time.After(patience)
+	go r.read(r.now(), r.conn.exits)
+}
+
+func (r *reader) read(begun time.Time, exits func() (map[Run]map[int]uint64, error)) {
+	runs, err := exits()
+	r.done <- Exits{Begun: begun, Ended: r.now(), Runs: runs, Err: err}
+}
+
+func (r *reader) again() {
+	if r.busy < readers {
+		r.ask, r.ready = r.asked, nil
+		return
+	}
+	e := *r.exits.Load()
+	e.Err = fmt.Errorf("%d calls have no answer", r.busy)
+	r.exits.Store(&e)
+}
+
+// end stores a reading, unless a later one has been.
+func (r *reader) end(e Exits) {
+	r.busy--
+	r.ready = time.After(min(max(rest, e.Ended.Sub(e.Begun)), patience))
+	last := r.exits.Load()
+	if e.Begun.Before(last.Begun) {
+		return
+	}
+	if e.Err != nil {
+		e.Begun, e.Ended, e.Runs = last.Begun, last.Ended, last.Runs
+	}
+	r.exits.Store(&e)
+}
+
+// finish waits for the readings that hang before it closes their connection.
+func (r *reader) finish(close func()) {
+	for range r.busy {
+		<-r.done
+	}
+	close()
+}
+
+// Exits returns the latest reading at once, and asks for the next one.
+func (l *Libvirt) Exits() Exits {
+	select {
+	case l.asked <- struct{}{}:
+	default: // asked already
+	}
+	e := *l.exits.Load()
+	if _, err := l.last(); err != nil {
+		e.Err = err
+	}
+	return e
 }
 
 // call runs f, which may hang in libvirt.

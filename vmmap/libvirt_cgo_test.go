@@ -93,6 +93,13 @@ func TestClient(t *testing.T) {
 			t.Errorf("after %s metadata was asked for twice", step.name)
 		}
 	}
+	id, err := d.GetID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if runs, err := c.exits(); err != nil || runs[Run{uuid, int(id)}] == nil {
+		t.Errorf("it runs as %d; exits are told of %v, %v", id, runs, err) // there is no KVM to tell any
+	}
 	if err := d.Destroy(); err != nil {
 		t.Fatal(err)
 	}

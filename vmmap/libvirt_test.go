@@ -18,12 +18,13 @@ type script struct {
 	changes chan struct{}
 	end     chan error
 	closed  bool
+	reads   chan map[Run]map[int]uint64 // exits waits for one; nil, it fails
 }
 
-var errList = errors.New("list failed")
+var errList, errExits = errors.New("list failed"), errors.New("exits failed")
 
 func newScript() *script {
-	return &script{make(chan []record, 9), make(chan struct{}), make(chan error), false}
+	return &script{lists: make(chan []record, 9), changes: make(chan struct{}), end: make(chan error), reads: make(chan map[Run]map[int]uint64)}
 }
 
 func (s *script) list() ([]record, error) {
@@ -32,6 +33,12 @@ func (s *script) list() ([]record, error) {
 		return nil, errList
 	}
 	return r, nil
+}
+func (s *script) exits() (map[Run]map[int]uint64, error) {
+	if r := <-s.reads; r != nil {
+		return r, nil
+	}
+	return nil, errExits
 }
 func (s *script) changed() <-chan struct{} { return s.changes }
 func (s *script) lost() <-chan error       { return s.end }
@@ -154,5 +161,88 @@ func TestLibvirtHangs(t *testing.T) {
 		s.lists <- []record{{name: "b"}}
 		expectStatus(t, l, "")
 		s.changes <- struct{}{} // Run ends while it hangs again
+	})
+}
+
+// Exits never waits, and asks for the next reading.
+func TestExits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newScript()
+		l := run(t, func(string) (conn, error) { return s, nil })
+		expect := func(what string, exits uint64, err string) {
+			t.Helper()
+			synctest.Wait()
+			e := l.Exits()
+			synctest.Wait() // it has been asked
+			var got string
+			if e.Err != nil {
+				got = e.Err.Error()
+			}
+			if e.Runs[Run{"u", 1}][0] != exits || got != err || e.Ended.Before(e.Begun) || (exits == 0) != e.Begun.IsZero() {
+				t.Errorf("%s: %+v, want %d exits and error %q", what, e, exits, err)
+			}
+		}
+		tell := func(exits uint64) { s.reads <- map[Run]map[int]uint64{{"u", 1}: {0: exits}} }
+		expect("nothing is known of a connection that does not list yet", 0, "not connected yet")
+		s.lists <- nil
+		expect("nothing was read", 0, "")
+		tell(5)
+		expect("read", 5, "")
+		synctest.Wait()
+		select {
+		case s.reads <- nil:
+			t.Error("read again at once")
+		default:
+		}
+		time.Sleep(rest)
+		s.reads <- nil
+		expect("the last reading stays when the next one fails", 5, "exits failed")
+		time.Sleep(rest)
+		expect("still", 5, "exits failed")
+		tell(6)
+		expect("read again", 6, "")
+
+		// The first of three readings hangs, and is passed by.
+		time.Sleep(rest)
+		synctest.Wait() // it is asked for, and begun
+		expect("late", 6, "")
+		time.Sleep(patience)
+		synctest.Wait() // the second has begun
+		tell(7)
+		tell(8) // whichever is whose
+		synctest.Wait()
+		if e := l.Exits(); e.Runs[Run{"u", 1}][0] < 7 || e.Err != nil {
+			t.Errorf("%+v", e)
+		}
+		for range readers + 2 { // one that took long is followed by a rest
+			l.Exits()
+			time.Sleep(rest + patience)
+		}
+		synctest.Wait()
+		if e := l.Exits(); e.Err == nil || e.Err.Error() != "3 calls have no answer" {
+			t.Errorf("all hang: %+v", e)
+		}
+		expectStatus(t, l, "") // names are told all the same
+		s.lists <- []record{{name: "a"}}
+		s.changes <- struct{}{}
+		expectNames(t, l, "a")
+		s.end <- errors.New("died")
+		synctest.Wait()
+		if s.closed {
+			t.Error("closed while there are calls")
+		}
+		for range readers {
+			tell(9)
+		}
+		synctest.Wait()
+		if !s.closed {
+			t.Error("left open")
+		}
+		if e := l.Exits(); e.Err == nil || e.Err.Error() != "died" {
+			t.Errorf("lost: %+v", e)
+		}
+		s.lists <- nil
+		time.Sleep(firstRetry)
+		close(s.reads)
 	})
 }

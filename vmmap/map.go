@@ -351,6 +351,13 @@ func (m *Map) Domains() []Domain {
 	return domains
 }
 
+// Thread tells the name of a thread, and when it began: nanoseconds of
+// CLOCK_BOOTTIME, in /proc's precision. It reads one file.
+func (m *Map) Thread(tid int) (comm string, start uint64, err error) {
+	s, err := m.proc.stat(tid)
+	return s.comm, s.start * tick, err
+}
+
 // hear joins again when anything has changed.
 func (m *Map) hear() {
 	last, serving := &listing{}, false
