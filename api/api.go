@@ -25,7 +25,7 @@ type Status struct {
 	Version    string  `json:"version"`           // of the daemon
 	Collection string  `json:"collection"`        // "on", "off"
 	Level      string  `json:"level"`             // in force: "off", "pause", "count", "time", "recent"; some domains may have one of their own
-	Collector  *string `json:"collector"`         // "kmod", "ebpf", "replay"; null when there is none
+	Collector  *string `json:"collector"`         // "kmod", "ebpf", "kvmstats", "replay"; null when there is none
 	Tried      []Tried `json:"tried,omitempty"`   // collectors that were tried before it, in this order
 	Problem    string  `json:"problem,omitempty"` // why nothing is collected, in a sentence
 	Module     string  `json:"module,omitempty"`  // version of the collector
@@ -50,7 +50,7 @@ type Status struct {
 
 // Tried is a collector that was not taken.
 type Tried struct {
-	Collector string `json:"collector"` // "kmod", "ebpf"
+	Collector string `json:"collector"` // "kmod", "ebpf", "kvmstats"
 	Refused   string `json:"refused"`   // why, in a sentence
 	Gain      string `json:"gain"`      // what it has that those tried after it have not
 }

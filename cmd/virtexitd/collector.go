@@ -13,14 +13,18 @@ import (
 	"virtexit/internal/source"
 	"virtexit/internal/source/ebpf"
 	"virtexit/internal/source/kmod"
+	"virtexit/internal/source/kvmstats"
 	"virtexit/internal/source/replay"
+	"virtexit/vmmap"
 )
 
 // collectors opens the configured collector, or the best that this host has.
 type collectors struct {
-	config config
-	played bool
-	bpf    *ebpf.Collector // keeps what it has counted; nil: not needed so far
+	config     config
+	libvirt    func() vmmap.LibvirtStatus
+	statistics kvmstats.Options
+	played     bool
+	bpf        *ebpf.Collector // keeps what it has counted; nil: not needed so far
 
 	mu    sync.Mutex
 	tried []api.Tried
@@ -37,6 +41,7 @@ func (c *collectors) choices() []choice {
 	all := []choice{
 		{"kmod", "an exit costs a fraction of what it costs with others, and counts outlive virtexitd", openModule},
 		{"ebpf", "exits by reason, and where the time goes", c.openBPF},
+		{"kvmstats", "how many exits each vCPU takes", c.openStatistics},
 	}
 	return slices.DeleteFunc(all, func(o choice) bool { return c.config.collector != "auto" && c.config.collector != o.name })
 }
@@ -111,6 +116,13 @@ func (c *collectors) openBPF() (source.Source, error) {
 		return nil, err
 	}
 	return src, nil
+}
+
+func (c *collectors) openStatistics() (source.Source, error) {
+	if s := c.libvirt(); !s.Connected {
+		return nil, fmt.Errorf("%w: libvirt at %s: %s", source.ErrUnavailable, s.URI, s.Error)
+	}
+	return kvmstats.New(c.statistics), nil
 }
 
 func (c *collectors) openReplay() (source.Source, error) {

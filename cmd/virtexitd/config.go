@@ -210,8 +210,8 @@ func (c *config) set(key, value string) (allowed string) {
 		switch {
 		case recorded && name == "replay" && file != "":
 			c.replay = file
-		case value != "auto" && value != "kmod" && value != "ebpf":
-			return "auto, kmod, ebpf and replay:FILE are allowed"
+		case !slices.Contains([]string{"auto", "kmod", "ebpf", "kvmstats"}, value):
+			return "auto, kmod, ebpf, kvmstats and replay:FILE are allowed"
 		default:
 			c.collector = value
 		}

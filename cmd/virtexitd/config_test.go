@@ -80,6 +80,7 @@ func TestLoad(t *testing.T) {
 				c.retention = ledger.Retention{Age: 5 * time.Minute, Count: 3}
 			})},
 		{name: "eBPF", file: "collector: ebpf", want: with(func(c *config) { c.collector = "ebpf" })},
+		{name: "statistics", file: "collector: kvmstats", want: with(func(c *config) { c.collector = "kvmstats" })},
 		{name: "no state", file: `state_dir: ""`, want: with(func(c *config) { c.stateDir = "" })},
 		{name: "state elsewhere", file: "state_dir: /x\nstate_interval: 1h", want: with(func(c *config) { c.stateDir, c.stateInterval = "/x", time.Hour })},
 		{name: "level recent, at times", file: "level: recent\nduty: 1s/10s", want: with(func(c *config) { c.level, c.duty = snapshot.Recent, api.Duty{OnNS: 1e9, EveryNS: 1e10} })},
@@ -119,7 +120,7 @@ func TestLoad(t *testing.T) {
 		{name: "retention_count below zero", file: "retention_count: -1", err: `retention_count: "-1" is not valid`},
 		{name: "relative state_dir", file: "state_dir: x", err: `state_dir: "x" is not valid: an absolute path is allowed, or nothing`},
 		{name: "state_interval", file: "state_interval: 10ms", err: `state_interval: "10ms" is not valid: a duration from 5s to 1h is allowed`},
-		{name: "collector", file: "collector: perf", err: `collector: "perf" is not valid: auto, kmod, ebpf and replay:FILE are allowed`},
+		{name: "collector", file: "collector: perf", err: `collector: "perf" is not valid: auto, kmod, ebpf, kvmstats and replay:FILE are allowed`},
 		{name: "replay of nothing", file: "collector: 'replay:'", err: `collector: "replay:" is not valid`},
 		{name: "relative socket", file: "socket: x.sock", err: `socket: "x.sock" is not valid`},
 		{name: "read-only socket", file: "read_only_socket: /ro\nread_only_group: monitor\nread_only_mode: \"600\"\nsocket_mode: \"0600\"",

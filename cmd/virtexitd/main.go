@@ -25,6 +25,7 @@ import (
 	"virtexit/internal/daemon"
 	"virtexit/internal/prom"
 	"virtexit/internal/server"
+	"virtexit/internal/source/kvmstats"
 	"virtexit/vmmap"
 )
 
@@ -112,12 +113,15 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 		servers[readOnly] = server.Options{ReadOnly: true}
 	}
 	libvirt := vmmap.NewLibvirt(c.libvirtURI)
-	collectors := &collectors{config: c}
+	guests := vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now})
+	collectors := &collectors{config: c, libvirt: libvirt.Status, statistics: kvmstats.Options{
+		Version: version, Exits: libvirt.Exits, Domains: guests.Domains, Thread: guests.Thread, BootTime: bootTime,
+	}}
 	d := daemon.New(daemon.Config{
 		Open:          collectors.open,
 		Refused:       collectors.refused,
 		Better:        collectors.better,
-		Identities:    vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now}),
+		Identities:    guests,
 		Libvirt:       libvirt,
 		On:            c.on,
 		Level:         c.level,

@@ -46,6 +46,10 @@ func ParseISA(s string) (ISA, error) {
 	return None, fmt.Errorf("unknown isa %q: want none, vmx, svm or arm64", s)
 }
 
+// Unknown is the Name of whatever code without a code space: that of exits which
+// were counted by no reason.
+const Unknown = "unknown"
+
 // Fields of VMX's 32-bit exit reason.
 const (
 	vmxBasic       = 0x0000ffff // what the guest did
@@ -89,6 +93,8 @@ func Name(isa ISA, code uint32) string {
 			name += " WITH_SERROR"
 		}
 		return name
+	case None:
+		return Unknown
 	}
 	return lookup(nil, code)
 }

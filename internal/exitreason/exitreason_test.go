@@ -42,7 +42,7 @@ func TestName(t *testing.T) {
 		{"arm64 no class", ARM64, 0x40, "IRQ"},
 		{"arm64 hypervisor gone", ARM64, 0xbadca51, "HYP_GONE"},
 		{"arm64 error pending", ARM64, 1<<31 | 0x24, "DABT_LOW WITH_SERROR"},
-		{"none", None, 10, "0xa"},
+		{"none", None, 10, "unknown"},
 		{"unknown isa", 7, 0, "0x0"},
 	}
 	for _, tt := range tests {

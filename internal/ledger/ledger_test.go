@@ -237,7 +237,7 @@ func TestLevel(t *testing.T) {
 func TestTimes(t *testing.T) {
 	l := New(forever)
 	for i, step := range []struct {
-		name      string
+		name       string
 		slots      []snapshot.Slot
 		vcpu1, sum snapshot.Times
 	}{

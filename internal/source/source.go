@@ -25,7 +25,7 @@ var ErrStale = errors.New("slot not retired")
 
 // Info describes a source and its state.
 type Info struct {
-	Collector    string         // "kmod", "ebpf", "replay"
+	Collector    string         // "kmod", "ebpf", "kvmstats", "replay"
 	Version      string         // of the collector
 	Hook         string         // "none", "tracepoint", "patch"
 	Level        snapshot.Level // in force
