@@ -30,6 +30,7 @@ func TestParseQuery(t *testing.T) {
 		{name: "total true", query: "domain=x&total=true", want: query{domains: []string{"x"}}},
 		{name: "selected", query: "reason=CPUID&reason=0x7b&vcpu=1&vcpu=0", want: query{interval: time.Second, selection: selection{[]string{"CPUID", "0x7b"}, []int{1, 0}}}},
 		{name: "what is in no row of its own", query: "reason=other", want: query{interval: time.Second, selection: selection{reasons: []string{"other"}}}},
+		{name: "no reason is known", query: "reason=unknown", want: query{interval: time.Second, selection: selection{reasons: []string{"unknown"}}}},
 		{name: "no such reason", query: "reason=cpud", wantErr: `parameter reason="cpud": no exit is called so`},
 		{name: "empty reason", query: "reason=", wantErr: `parameter reason="": no exit is called so`},
 		{name: "no vCPU", query: "vcpu=-1", wantErr: `parameter vcpu="-1": not the number of a vCPU`},
