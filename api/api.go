@@ -60,7 +60,7 @@ type Slots struct {
 	Live    int `json:"live"`
 	Retired int `json:"retired"`
 	Backed  int `json:"backed"`
-	Max     int `json:"max"`
+	Max     int `json:"max"` // 0: as many as there are vCPUs
 }
 
 // CPU is the daemon's processor time, in percent of one CPU.

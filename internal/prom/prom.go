@@ -93,7 +93,7 @@ func New(source Source, config Config) *Collector {
 	c.slotsLive = desc("slots_live", "Slots of the collector in use by vCPU threads.")
 	c.slotsRetired = desc("slots_retired", "Slots of vCPU threads that have ended, not yet released.")
 	c.slotsBacked = desc("slots_backed", "Slots that have memory.")
-	c.slotsMax = desc("slots_max", "Slots that there can be.")
+	c.slotsMax = desc("slots_max", "Slots that there can be; 0: as many as there are vCPUs.")
 	c.scraped = desc("scrape_duration_seconds", "How long it took to collect these metrics.")
 	return c
 }

@@ -431,7 +431,7 @@ func Status(w io.Writer, s api.Status, f Format, width int) error {
 		{"Hook", hook},
 		{"Kernel", s.Kernel},
 		{"ISA", s.ISA},
-		{"Slots", fmt.Sprintf("%d live, %d retired, %d backed, %d at most", s.Slots.Live, s.Slots.Retired, s.Slots.Backed, s.Slots.Max)},
+		{"Slots", slots(s.Slots)},
 		{"Exits", count(s.Exits)},
 		{"Unattributed", count(s.Unattributed)},
 		{"Missed", count(s.Missed)},
@@ -482,4 +482,12 @@ func writeJSON(w io.Writer, v any) error {
 	enc.SetEscapeHTML(false)
 	enc.SetIndent("", "  ")
 	return enc.Encode(v)
+}
+
+func slots(s api.Slots) string {
+	text := fmt.Sprintf("%d live, %d retired, %d backed", s.Live, s.Retired, s.Backed)
+	if s.Max > 0 {
+		text += fmt.Sprintf(", %d at most", s.Max)
+	}
+	return text
 }
