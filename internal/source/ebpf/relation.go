@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"virtexit/internal/slots"
+	"virtexit/internal/snapshot"
 )
 
 // relation is how the TSC and the programs' clock go together. An exit that is
@@ -21,9 +22,28 @@ type relation struct {
 const (
 	window = 16 // ticks over which the rate is taken
 	shift  = 28 // of the rate
+	// moment is what the first rate is taken over.
+	moment = 20 * time.Millisecond
 )
 
 func (c *Collector) pair() (tsc, ns uint64) { return slots.Pair(slots.ReadTSC, c.clock.Ticks) }
+
+// relateSoon relates the clocks again whenever twice the time has passed that the
+// rate was taken over: what it may err by then is no more than that of a pair.
+func (c *Collector) relateSoon() {
+	for after := moment; after < tick; after *= 2 {
+		select {
+		case <-c.done:
+			return
+		case <-time.After(after):
+		}
+		c.mu.Lock()
+		if !c.closed && c.attached >= snapshot.Time {
+			c.relate()
+		}
+		c.mu.Unlock()
+	}
+}
 
 // relate tells the programs the relation.
 func (c *Collector) relate() error {
@@ -33,7 +53,8 @@ func (c *Collector) relate() error {
 	r := &c.relation
 	if r.tsc == 0 {
 		r.tsc, r.ns = c.pair()
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(moment)
+		c.workers.Go(c.relateSoon)
 	}
 	tsc, ns := c.pair()
 	if tsc <= r.tsc || ns <= r.ns {
