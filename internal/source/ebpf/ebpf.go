@@ -65,6 +65,8 @@ type Collector struct {
 	kvm      *kvm
 	links    map[string]link.Link
 	attached snapshot.Level // with no higher than Time
+	missed   uint64         // exits at which the kernel ran no program, of all programs up to now
+	lost     uint64         // events of the present programs that found no room
 	relation relation
 	now      state
 	told     state // to the sources
@@ -298,6 +300,7 @@ func (c *Collector) update() {
 func (c *Collector) forget() {
 	c.setLevel(snapshot.Off)
 	if c.programs != nil {
+		c.missed, c.lost = c.misses(), 0
 		c.programs.Close()
 	}
 	c.programs, c.kvm, c.of = nil, nil, loading{}
@@ -357,6 +360,31 @@ func (c *Collector) get(name string) (n uint32) {
 		c.programs.Variables[name].Get(&n) // it is of this size, or the tests would not pass
 	}
 	return n
+}
+
+// misses counts exits at which the kernel did not run the program, since it was
+// interrupted at another on the same CPU.
+func (c *Collector) misses() uint64 {
+	if c.programs == nil {
+		return c.missed
+	}
+	stats, err := c.programs.Programs[collectorProgKvmExit].Stats()
+	if err != nil {
+		return c.missed // before 5.12
+	}
+	return c.missed + stats.RecursionMisses
+}
+
+// tellLost tells that programs found no room for events.
+func (c *Collector) tellLost() {
+	if c.programs == nil {
+		return
+	}
+	var n uint64
+	if err := c.programs.Variables[collectorVarVxEventsLost].Get(&n); err == nil && n != c.lost {
+		c.lost = n
+		c.tell(source.Event{Kind: source.Lost})
+	}
 }
 
 // attach puts programs on their events.
@@ -680,6 +708,7 @@ func (c *Collector) watch() {
 		c.mu.Lock()
 		if !c.closed {
 			c.update()
+			c.tellLost()
 			if c.attached >= snapshot.Time {
 				c.relate()
 			}

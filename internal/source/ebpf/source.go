@@ -118,7 +118,8 @@ func (s *Source) Recent(id snapshot.SlotID, from uint64) ([]snapshot.Exit, error
 	return c.memory.Recent(id, from)
 }
 
-// Snapshot reads the shared memory and makes no system call.
+// Snapshot reads the shared memory. Its one system call asks for exits at which
+// no program was run.
 func (s *Source) Snapshot() (*snapshot.Snapshot, error) {
 	c, _, err := s.open()
 	if err != nil {
@@ -126,7 +127,12 @@ func (s *Source) Snapshot() (*snapshot.Snapshot, error) {
 	}
 	defer c.mu.Unlock()
 	c.log() // slots that have come since
-	return c.memory.Snapshot()
+	snap, err := c.memory.Snapshot()
+	if err != nil {
+		return nil, err
+	}
+	snap.Unattributed += c.misses()
+	return snap, nil
 }
 
 // Release gives slots back.
