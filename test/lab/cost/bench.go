@@ -37,7 +37,8 @@ const (
 	Nothing      = "nothing"
 	NothingAgain = "nothing, again"
 	Virtexit     = "virtexit"
-	VirtexitBPF  = "virtexit, eBPF" // where no module may be loaded
+	VirtexitBPF  = "virtexit, eBPF"   // where no module may be loaded
+	BPFClock     = "BPF, clock alone" // programs at exit and entry that read the clock: the kernel's own share in what those of others take
 )
 
 // observer watches exits from start to stop, which tells how many it has counted.
@@ -132,8 +133,11 @@ func (b *bench) virtexit(m *Meter, hook string) (err error) {
 	return nil
 }
 
-// bpf measures the eBPF collector at the levels that it is used at.
+// bpf measures the eBPF collector at the levels that it is used at, and the kernel's share in that.
 func (b *bench) bpf(m *Meter, hook string) (err error) {
+	if err := b.measure(m, hook, observer{name: BPFClock, idle: true, start: bpfClock}); err != nil {
+		return err
+	}
 	c, err := ebpf.New(ebpf.Options{Slots: 64})
 	if err != nil {
 		return err

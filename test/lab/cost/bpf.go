@@ -15,6 +15,54 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
+// bpfClock has programs that read the clock, which is the least that can time an exit.
+func bpfClock(int) (func() (int, error), error) {
+	clock := asm.Instructions{asm.FnKtimeGetNs.Call(), asm.Mov.Imm(asm.R0, 0), asm.Return()}
+	stop, err := start(ebpf.RawTracepoint, clock, clock, attachRaw)
+	if err != nil {
+		return nil, err
+	}
+	return func() (int, error) { return 0, stop() }, nil
+}
+
+func attachRaw(event string, p *ebpf.Program) (io.Closer, error) {
+	return link.AttachRawTracepoint(link.RawTracepointOptions{Name: event, Program: p})
+}
+
+// start attaches a program to each exit and one to each entry, until stop.
+func start(kind ebpf.ProgramType, exit, entry asm.Instructions, attach func(event string, p *ebpf.Program) (io.Closer, error)) (
+	stop func() error, err error) {
+	var open []io.Closer
+	stop = func() error {
+		var errs []error
+		for _, c := range open {
+			errs = append(errs, c.Close())
+		}
+		return errors.Join(errs...)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, stop())
+		}
+	}()
+	for _, probe := range []struct {
+		event string
+		code  asm.Instructions
+	}{{"kvm_entry", entry}, {"kvm_exit", exit}} {
+		p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: kind, Instructions: probe.code, License: "GPL"})
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", probe.event, err)
+		}
+		open = append(open, p)
+		l, err := attach(probe.event, p)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", probe.event, err)
+		}
+		open = append([]io.Closer{l}, open...)
+	}
+	return stop, nil
+}
+
 // bpfTracepoint counts and times exits by thread and reason as bpftrace does with tracepoint:kvm:kvm_exit and kvm_entry, but
 // for bpftrace's dearer way to store a time: here values are changed in place. The reason is a field of the event.
 func bpfTracepoint(tid int) (func() (int, error), error) {
@@ -67,9 +115,7 @@ func bpfRaw(tid int) (func() (int, error), error) {
 		asm.FnProbeReadKernel.Call(),
 		asm.LoadMem(asm.R1, asm.RFP, -32, asm.Word),
 	}
-	return bpf(tid, ebpf.RawTracepoint, reason, func(event string, p *ebpf.Program) (io.Closer, error) {
-		return link.AttachRawTracepoint(link.RawTracepointOptions{Name: event, Program: p})
-	})
+	return bpf(tid, ebpf.RawTracepoint, reason, attachRaw)
 }
 
 // insert is where "first" jumps to, with key and value on the stack; "out" is behind it.
@@ -92,17 +138,17 @@ func insert(m *ebpf.Map, key, value int32) asm.Instructions {
 // context and the stack is theirs from -32 to -24.
 func bpf(tid int, kind ebpf.ProgramType, reason asm.Instructions, attach func(event string, p *ebpf.Program) (io.Closer, error)) (
 	_ func() (int, error), err error) {
-	var open []io.Closer
-	closeAll := func() error {
+	var maps []io.Closer
+	closeMaps := func() error {
 		var errs []error
-		for _, c := range open {
-			errs = append(errs, c.Close())
+		for _, m := range maps {
+			errs = append(errs, m.Close())
 		}
 		return errors.Join(errs...)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, closeAll())
+			err = errors.Join(err, closeMaps())
 		}
 	}()
 
@@ -110,12 +156,12 @@ func bpf(tid int, kind ebpf.ProgramType, reason asm.Instructions, attach func(ev
 	if err != nil {
 		return nil, err
 	}
-	open = append(open, started)
+	maps = append(maps, started)
 	sums, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.PerCPUHash, KeySize: 8, ValueSize: 16, MaxEntries: 10240})
 	if err != nil {
 		return nil, err
 	}
-	open = append(open, sums)
+	maps = append(maps, sums)
 
 	exit := asm.Instructions{ // started[tid] = {now, reason}
 		asm.Mov.Reg(asm.R6, asm.R1),
@@ -170,20 +216,9 @@ func bpf(tid int, kind ebpf.ProgramType, reason asm.Instructions, attach func(ev
 		asm.Ja.Label("out"),
 	}
 	entry = append(entry, insert(sums, -16, -32)...)
-	for _, probe := range []struct {
-		event string
-		code  asm.Instructions
-	}{{"kvm_entry", entry}, {"kvm_exit", exit}} {
-		p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: kind, Instructions: probe.code, License: "GPL"})
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", probe.event, err)
-		}
-		open = append(open, p)
-		l, err := attach(probe.event, p)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", probe.event, err)
-		}
-		open = append([]io.Closer{l}, open...)
+	stop, err := start(kind, exit, entry, attach)
+	if err != nil {
+		return nil, err
 	}
 
 	return func() (int, error) {
@@ -198,6 +233,6 @@ func bpf(tid int, kind ebpf.ProgramType, reason asm.Instructions, attach func(ev
 				}
 			}
 		}
-		return int(counted), errors.Join(all.Err(), closeAll())
+		return int(counted), errors.Join(all.Err(), stop(), closeMaps())
 	}, nil
 }

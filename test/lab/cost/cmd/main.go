@@ -80,7 +80,8 @@ func bench(file string, kernels []string) error {
 const legend = `
 +N is what the observer adds to an exit, the least of many; 1.0x is what virtexit adds on the stock KVM at level time.
 io is a write to a port that KVM handles itself (ioeventfd), io-user one that it hands to user space, msr a read of
-IA32_APIC_BASE, page-fault the first touch of a page that the host has. perf stat gives one count for all reasons. What an
+IA32_APIC_BASE, page-fault the first touch of a page that the host has. "BPF, clock alone" is what the kernel takes to run
+two programs that read the clock, and so in each row of BPF programs that time exits. perf stat gives one count for all reasons. What an
 observer executes beside, in a process of its own, is in none of these; the file's "mean_added" has it.`
 
 // measure runs this program in the lab.
