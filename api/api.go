@@ -31,7 +31,7 @@ type Status struct {
 	Module     string  `json:"module,omitempty"`  // version of the collector
 	Hook       string  `json:"hook"`              // "none", "tracepoint", "patch"
 	Kernel     string  `json:"kernel"`            // release
-	ISA        string  `json:"isa"`               // "vmx", "svm", "arm64", "none"
+	ISA        string  `json:"isa"`               // "vmx", "svm", "arm64", "pvm", "none"; "isa" and KVM's number of another
 	// HookCycles is the estimate of what the hook takes an exit and the entry
 	// after it, in TSC cycles; 0: unknown.
 	HookCycles int   `json:"hook_cycles"`

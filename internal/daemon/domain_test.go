@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -69,12 +70,21 @@ func TestDomain(t *testing.T) {
 		change(&d)
 		return d
 	}
+	ofUnknownISA := func(t *ledger.Total) *ledger.Total {
+		other := *t
+		other.Rows = slices.Clone(t.Rows)
+		other.Rows[0].ISA = 77
+		return &other
+	}
 	for _, tt := range []struct {
 		name          string
 		counts, rates *ledger.Total
 		want          api.Domain
 	}{
 		{"counted", counted(snapshot.Time), period, whole(func(*api.Domain) {})},
+		{"unknown isa", ofUnknownISA(counted(snapshot.Time)), ofUnknownISA(period), whole(func(d *api.Domain) {
+			d.Exits[0].ISA, d.Exits[0].Reason = "isa77", "0x7b"
+		})},
 		{"recent", counted(snapshot.Recent), period, whole(func(d *api.Domain) { d.Level = "recent" })},
 		{"paused", counted(snapshot.Pause), period, whole(func(d *api.Domain) { d.Level = "off" })},
 		{"ended", counted(snapshot.Off), period, whole(func(d *api.Domain) { d.Level = "off" })},

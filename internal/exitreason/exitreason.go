@@ -13,37 +13,54 @@ import (
 // x86, and as virtexit's own interface does beyond.
 type ISA uint32
 
-// The known code spaces.
+// The known code spaces. PVM is not in Linux: its KVM comes from elsewhere.
 const (
 	None  ISA = 0
 	VMX   ISA = 1
 	SVM   ISA = 2
+	PVM   ISA = 3
 	ARM64 ISA = 0x100
 )
 
-// String gives the code space's name: "none", "vmx", "svm" or "arm64".
-func (i ISA) String() string {
-	switch i {
-	case None:
-		return "none"
-	case VMX:
-		return "vmx"
-	case SVM:
-		return "svm"
-	case ARM64:
-		return "arm64"
-	}
-	return fmt.Sprintf("isa(%d)", uint32(i))
-}
+var isas = []struct {
+	isa   ISA
+	name  string
+	codes map[uint32]string
+}{{None, "none", map[uint32]string{0: Unknown}}, {VMX, "vmx", vmxNames}, {SVM, "svm", svmNames}, {PVM, "pvm", pvmNames}, {ARM64, "arm64", arm64Names}}
 
-// ParseISA is the inverse of String for the known code spaces.
-func ParseISA(s string) (ISA, error) {
-	for _, i := range []ISA{None, VMX, SVM, ARM64} {
-		if s == i.String() {
-			return i, nil
+// String gives the code space's name: "none", "vmx", "svm", "pvm", "arm64". One
+// that has no name is its number: "isa77".
+func (i ISA) String() string {
+	for _, known := range isas {
+		if i == known.isa {
+			return known.name
 		}
 	}
-	return None, fmt.Errorf("unknown isa %q: want none, vmx, svm or arm64", s)
+	return fmt.Sprintf("isa%d", uint32(i))
+}
+
+// ParseISA is the inverse of String.
+func ParseISA(s string) (ISA, error) {
+	for _, known := range isas {
+		if s == known.name {
+			return known.isa, nil
+		}
+	}
+	number, _ := strings.CutPrefix(s, "isa")
+	if n, err := strconv.ParseUint(number, 10, 32); err == nil && ISA(n).String() == s {
+		return ISA(n), nil
+	}
+	return None, fmt.Errorf("unknown isa %q: want none, vmx, svm, pvm, arm64 or the number of another, such as isa77", s)
+}
+
+// names are those of a code space's codes.
+func (i ISA) names() map[uint32]string {
+	for _, known := range isas {
+		if i == known.isa {
+			return known.codes
+		}
+	}
+	return nil
 }
 
 // Unknown is the Name of whatever code without a code space: that of exits which
@@ -64,7 +81,8 @@ const (
 
 // Name is the kernel's own name of an exit code: that of its uapi headers,
 // which its kvm_exit event and perf print, such as "CPUID" (VMX, 10) or "npf"
-// (SVM, 0x400). A code that has no name there is its number: "0x1f3".
+// (SVM, 0x400). A code that has no name there is its number: "0x1f3"; and so is
+// any of a code space that is not known.
 //
 // code is, for VMX, the full exit reason. The name is that of its basic reason,
 // the low 16 bits; flags follow as the kernel's event prints them, those without
@@ -85,8 +103,6 @@ func Name(isa ISA, code uint32) string {
 			fmt.Fprintf(&b, " %#x", flags)
 		}
 		return b.String()
-	case SVM:
-		return lookup(svmNames, code)
 	case ARM64:
 		name := lookup(arm64Names, code&^arm64SError)
 		if code&arm64SError != 0 {
@@ -96,7 +112,7 @@ func Name(isa ISA, code uint32) string {
 	case None:
 		return Unknown
 	}
-	return lookup(nil, code)
+	return lookup(isa.names(), code)
 }
 
 // Halts tells whether a code is that of a guest's HLT; on arm64 of WFI, or of WFE,
@@ -116,13 +132,23 @@ func Halts(isa ISA, code uint32) bool {
 // Known tells whether a word can be the Name of a code, whatever its case: one
 // of the kernel's names, or a number.
 func Known(isa ISA, word string) bool {
-	for _, name := range map[ISA]map[uint32]string{VMX: vmxNames, SVM: svmNames, ARM64: arm64Names}[isa] {
+	for _, name := range isa.names() {
 		if strings.EqualFold(name, word) {
 			return true
 		}
 	}
 	_, err := strconv.ParseUint(word, 0, 32)
 	return err == nil
+}
+
+// KnownToAny tells whether a word can be the Name of a code of any code space.
+func KnownToAny(word string) bool {
+	for _, known := range isas {
+		if Known(known.isa, word) {
+			return true
+		}
+	}
+	return false
 }
 
 // Is tells whether a word, as people write it, means the exit of this name and

@@ -4,6 +4,7 @@ package exitreason
 
 import (
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -43,7 +44,11 @@ func TestName(t *testing.T) {
 		{"arm64 hypervisor gone", ARM64, 0xbadca51, "HYP_GONE"},
 		{"arm64 error pending", ARM64, 1<<31 | 0x24, "DABT_LOW WITH_SERROR"},
 		{"none", None, 10, "unknown"},
+		{"pvm exception", PVM, 14, "PF excp"},
+		{"pvm", PVM, 2 << 16, "HYPERCALL"},
+		{"pvm unknown", PVM, 0x72, "0x72"},
 		{"unknown isa", 7, 0, "0x0"},
+		{"unknown isa, svm's code", 77, 0x72, "0x72"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -69,6 +74,8 @@ func TestHalts(t *testing.T) {
 		{"arm64", ARM64, 1, true},
 		{"arm64 serror", ARM64, 0x41, false},
 		{"none", None, 12, false},
+		{"pvm, vmx's code", PVM, 12, false},
+		{"unknown isa, svm's code", 77, 0x78, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := Halts(tt.isa, tt.code); got != tt.want {
@@ -88,15 +95,21 @@ func TestKnown(t *testing.T) {
 		{VMX, "npf", false}, {SVM, "EPT_VIOLATION", false}, {SVM, "", false}, {VMX, "HLTT", false},
 		{ARM64, "hvc64", true}, {ARM64, "IRQ", true}, {ARM64, "cpuid", false}, {ARM64, "31", true}, {None, "cpuid", false},
 		{SVM, "0x1f3", true}, {VMX, "31", true}, {VMX, "0x100000000", false}, {VMX, "-1", false},
+		{PVM, "hypercall", true}, {PVM, "cpuid", false}, {77, "cpuid", false}, {77, "0x72", true}, {None, "HLT", false},
 	} {
 		if got := Known(tt.isa, tt.word); got != tt.want {
 			t.Errorf("Known(%v, %q) = %t, want %t", tt.isa, tt.word, got, tt.want)
 		}
 	}
+	for word, want := range map[string]bool{"npf": true, "ept_violation": true, "ERETU": true, "0x1f3": true, "HLTT": false, "": false} {
+		if got := KnownToAny(word); got != want {
+			t.Errorf("KnownToAny(%q) = %t, want %t", word, got, want)
+		}
+	}
 }
 
 func TestISA(t *testing.T) {
-	for isa, want := range map[ISA]string{None: "none", VMX: "vmx", SVM: "svm", ARM64: "arm64"} {
+	for isa, want := range map[ISA]string{None: "none", VMX: "vmx", SVM: "svm", PVM: "pvm", ARM64: "arm64", 77: "isa77", math.MaxUint32: "isa4294967295"} {
 		if got := isa.String(); got != want {
 			t.Errorf("ISA %d is %q, want %q", isa, got, want)
 		}
@@ -104,10 +117,7 @@ func TestISA(t *testing.T) {
 			t.Errorf("ParseISA(%q) = %d, %v, want %d", want, got, err, isa)
 		}
 	}
-	if got := ISA(7).String(); got != "isa(7)" {
-		t.Errorf("ISA 7 is %q", got)
-	}
-	for _, bad := range []string{"", "VMX", "isa(7)", "arm"} {
+	for _, bad := range []string{"", "VMX", "isa(7)", "sparc", "isa", "77", "isa077", "isa2", "isa-1", "isa4294967296", "ISA77"} {
 		if got, err := ParseISA(bad); err == nil || !strings.Contains(err.Error(), strconv.Quote(bad)) {
 			t.Errorf("ParseISA(%q) = %v, %v, want an error that names it", bad, got, err)
 		}

@@ -235,3 +235,33 @@ var arm64Names = map[uint32]string{
 	arm64Type | 0x3:       "IL",
 	arm64Type | 0xbadca11: "HYP_GONE",
 }
+
+// pvmNames are the names that the patches of PVM, as of 2024, give to exit codes
+// in arch/x86/kvm/pvm/pvm.h: of exceptions, by vector, and what else there is.
+var pvmNames = map[uint32]string{
+	0x00:    "DE excp",
+	0x01:    "DB excp",
+	0x02:    "NMI excp",
+	0x03:    "BP excp",
+	0x04:    "OF excp",
+	0x05:    "BR excp",
+	0x06:    "UD excp",
+	0x07:    "NM excp",
+	0x08:    "DF excp",
+	0x0a:    "TS excp",
+	0x0c:    "SS excp",
+	0x0d:    "GP excp",
+	0x0e:    "PF excp",
+	0x10:    "MF excp",
+	0x11:    "AC excp",
+	0x12:    "MC excp",
+	0x13:    "XM excp",
+	0x14:    "VE excp",
+	0x401:   "FAILED_VMENTRY",
+	0x10000: "SYSCALL",
+	0x20000: "HYPERCALL",
+	0x30000: "ERETU",
+	0x40000: "ERETS",
+	0x50000: "INTERRUPT",
+	0x60000: "INT80",
+}

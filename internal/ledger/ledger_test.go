@@ -66,7 +66,7 @@ func TestTotals(t *testing.T) {
 	two.TID, two.VCPU, two.Level = 103, 7, snapshot.Recent
 	two.Rows = append(two.Rows, row(0x7b, 3), snapshot.Row{Code: 9, Other: true, Count: 1})
 	three := retired(slot(1, 3, 4)) // vCPU 1 again, another thread: it was unplugged and came back
-	three.ISA = exitreason.VMX
+	three.ISA = math.MaxUint32
 	apply(t, l, 10*second, snapshot.Snapshot{Counted: 7 * second, Slots: []snapshot.Slot{slot(1, 1, 2), two}})
 	release := apply(t, l, 11*second, snapshot.Snapshot{Counted: 8 * second, Slots: []snapshot.Slot{retired(slot(1, 1, 20)), two, three}})
 	if diff := cmp.Diff([]snapshot.SlotID{{Index: 1, Generation: 1}, {Index: 1, Generation: 3}}, release); diff != "" {
@@ -85,7 +85,7 @@ func TestTotals(t *testing.T) {
 			{exitreason.SVM, row(0x72, 25)},
 			{exitreason.SVM, row(0x7b, 3)},
 			{exitreason.SVM, other},
-			{exitreason.VMX, row(0x72, 4)},
+			{math.MaxUint32, row(0x72, 4)},
 		},
 	}
 	opts := cmp.Options{cmpopts.IgnoreUnexported(VCPU{}), cmpopts.SortSlices(func(a, b Row) bool {

@@ -312,7 +312,7 @@ func packRows(rows []Row) [][]uint64 {
 func unpackRows(packed [][]uint64) ([]Row, error) {
 	rows := make([]Row, len(packed))
 	for i, p := range packed {
-		if len(p) < 7 || len(p) > 7+snapshot.NumHist || p[0] > math.MaxUint8 || p[1] > 1 || p[2] > math.MaxUint32 {
+		if len(p) < 7 || len(p) > 7+snapshot.NumHist || p[0] > math.MaxUint32 || p[1] > 1 || p[2] > math.MaxUint32 {
 			return nil, fmt.Errorf("%v is no row", p)
 		}
 		rows[i] = Row{exitreason.ISA(p[0]), snapshot.Row{

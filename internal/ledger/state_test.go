@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"iter"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -60,7 +61,9 @@ var anyOrder = cmp.Options{cmp.AllowUnexported(VCPU{}), cmpopts.EquateEmpty(), c
 
 func TestRestore(t *testing.T) {
 	l := New(forever)
-	apply(t, l, 10*second, snapshot.Snapshot{TickHz: 2e9, Loaded: 1, Counted: 5 * second, Unattributed: 3, Slots: []snapshot.Slot{slot(1, 1, 5), slot(2, 1, 7), retired(slot(2, 2, 1))}})
+	last := retired(slot(2, 2, 1))
+	last.ISA = math.MaxUint32
+	apply(t, l, 10*second, snapshot.Snapshot{TickHz: 2e9, Loaded: 1, Counted: 5 * second, Unattributed: 3, Slots: []snapshot.Slot{slot(1, 1, 5), slot(2, 1, 7), last}})
 	one := l.View()
 	l = restored(t, forever, l.State())
 	if diff := cmp.Diff(one, l.View(), anyOrder); diff != "" {

@@ -112,6 +112,8 @@ const (
 // usual is a host with a domain of Nova's, one at level count, one that was
 // never counted, and one that has ended.
 func usual() *host {
+	unknown := row(hlt, 10, 0)
+	unknown.ISA = 77
 	timed := total(100, 20*time.Minute, time.Hour, row(io_, 500, 4*hz, 0, 100, 300, 0, 100), row(cpuid, 300, hz/100, 300), row(hlt, 20, 20, 20), row(msr, 10, 30, 9))
 	timed.Times = snapshot.Times{Guest: 60 * hz, KVM: 3 * hz, User: hz, Poll: hz / 2, Halted: 30 * hz, Wait: 5 * hz, Outside: hz / 4}
 	timed.VCPUs = []ledger.VCPU{{ID: 0, Exits: 800, Times: timed.Times}, {ID: 2, Exits: 30}}
@@ -123,7 +125,7 @@ func usual() *host {
 		}, timed},
 		counted{vmmap.Domain{Name: "qemu-system-x86-101", TGID: 101, State: vmmap.Running, Source: "process", Container: &vmmap.Container{Pod: "pod-1"}}, total(101, 1, time.Hour, row(cpuid, 160, 0))},
 		counted{vmmap.Domain{ID: id(9), Name: "quiet", UUID: "aaaaaaaa-0000-4000-8000-000000000009", TGID: 102, State: vmmap.Paused, Source: "libvirt"}, nil},
-		counted{vmmap.Domain{Name: "gone", UUID: "aaaaaaaa-0000-4000-8000-00000000000a", State: vmmap.ShutOff, Source: "libvirt"}, total(103, 1, 56*time.Minute, row(hlt, 10, 0))},
+		counted{vmmap.Domain{Name: "gone", UUID: "aaaaaaaa-0000-4000-8000-00000000000a", State: vmmap.ShutOff, Source: "libvirt"}, total(103, 1, 56*time.Minute, unknown)},
 	)
 }
 

@@ -48,7 +48,7 @@ func parseQuery(rawQuery string, known ...string) (query, error) {
 	}
 	q := query{domains: values["domain"], interval: api.DefaultInterval}
 	for _, v := range values["reason"] {
-		if !exitreason.Known(exitreason.VMX, v) && !exitreason.Known(exitreason.SVM, v) && !exitreason.Known(exitreason.ARM64, v) && v != "other" && v != exitreason.Unknown {
+		if !exitreason.KnownToAny(v) && v != "other" {
 			return query{}, fmt.Errorf("parameter reason=%q: no exit is called so", v)
 		}
 		q.reasons = append(q.reasons, v)

@@ -29,6 +29,7 @@ func TestParseQuery(t *testing.T) {
 		{name: "total 1", query: "total=1", want: query{}},
 		{name: "total true", query: "domain=x&total=true", want: query{domains: []string{"x"}}},
 		{name: "selected", query: "reason=CPUID&reason=0x7b&vcpu=1&vcpu=0", want: query{interval: time.Second, selection: selection{[]string{"CPUID", "0x7b"}, []int{1, 0}}}},
+		{name: "selected, PVM", query: "reason=eretu", want: query{interval: time.Second, selection: selection{reasons: []string{"eretu"}}}},
 		{name: "what is in no row of its own", query: "reason=other", want: query{interval: time.Second, selection: selection{reasons: []string{"other"}}}},
 		{name: "no reason is known", query: "reason=unknown", want: query{interval: time.Second, selection: selection{reasons: []string{"unknown"}}}},
 		{name: "no such reason", query: "reason=cpud", wantErr: `parameter reason="cpud": no exit is called so`},

@@ -250,12 +250,9 @@ func (m *Memory) copySlot(p *abi.Slot, s *snapshot.Slot, last copied) (copied, e
 }
 
 func copyCounters(p *abi.Slot, s *snapshot.Slot, last copied) error {
-	isa := exitreason.ISA(atomic.LoadUint32(&p.ISA))
 	rows := atomic.LoadUint32(&p.NumRows)
 	level := snapshot.Level(atomic.LoadUint32(&p.Level))
 	switch {
-	case isa > exitreason.SVM && isa != exitreason.ARM64:
-		return fmt.Errorf("isa is %d", uint32(isa))
 	case rows > abi.NumRows:
 		return fmt.Errorf("%d rows, of %d", rows, abi.NumRows)
 	case level > snapshot.Recent:
@@ -270,7 +267,7 @@ func copyCounters(p *abi.Slot, s *snapshot.Slot, last copied) error {
 		TID:    int(atomic.LoadUint32(&p.TID)),
 		Start:  atomic.LoadUint64(&p.StartTime),
 		VCPU:   int(atomic.LoadUint32(&p.VCPUID)),
-		ISA:    isa,
+		ISA:    exitreason.ISA(atomic.LoadUint32(&p.ISA)),
 		Since:  atomic.LoadUint64(&p.Since),
 		Level:  level,
 		Recent: atomic.LoadUint64(&p.RecentHead),

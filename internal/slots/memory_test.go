@@ -110,7 +110,7 @@ func example() *image {
 	im.slots[0].Rows[1] = abi.Row{Code: 5, Flags: abi.RowOther, Count: 1, Hist: [abi.NumHist]uint64{abi.NumHist - 1: 1}}
 	im.slots[0].Rows[2] = abi.Row{Code: 0x78, Count: 1 << 40} // not in use
 	im.slots[1] = abi.Slot{Generation: 8, State: abi.Free, TID: 5, NumRows: 99}
-	im.slots[2] = abi.Slot{Generation: math.MaxUint32, State: abi.Retired, TID: 102, ISA: abi.ISAVMX, TSC: math.MaxInt64, Comm: [abi.CommLen]byte([]byte("0123456789abcde\xff"))}
+	im.slots[2] = abi.Slot{Generation: math.MaxUint32, State: abi.Retired, TID: 102, ISA: 77, TSC: math.MaxInt64, Comm: [abi.CommLen]byte([]byte("0123456789abcde\xff"))}
 	im.slots[3] = abi.Slot{State: abi.Live, TID: 6} // has no memory
 	return im
 }
@@ -133,7 +133,7 @@ func exampleSnapshot() *snapshot.Snapshot {
 		}, {
 			ID:      snapshot.SlotID{Index: 2, Generation: math.MaxUint32},
 			Retired: true,
-			Comm:    "0123456789abcde\uFFFD", TID: 102, ISA: exitreason.VMX,
+			Comm:    "0123456789abcde\uFFFD", TID: 102, ISA: 77,
 			Rows: []snapshot.Row{},
 		}},
 		Released: 500, Unattributed: 11, Refused: 22,
@@ -205,7 +205,6 @@ func TestBadMemory(t *testing.T) {
 		{"recent exits beyond", func(im *image) { im.header.RecentOffset = 1 << 30 }, "bytes, want"},
 		{"more slots with memory than there are", func(im *image) { im.header.SlotsBacked = 5 }, "5 slots have memory, of 4"},
 		{"rows", func(im *image) { im.slots[2].NumRows = 61 }, "slot 2: 61 rows"},
-		{"isa", func(im *image) { im.slots[0].ISA = 3 }, "slot 0: isa is 3"},
 		{"level", func(im *image) { im.slots[0].Level = 5 }, "slot 0: level is 5"},
 		{"state", func(im *image) { im.slots[1].State, im.slots[1].NumRows = 3, 0 }, "slot 1: state is 3"},
 	}

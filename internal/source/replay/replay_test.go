@@ -46,7 +46,7 @@ func frames() []Frame {
 		SlotsMax: 8192, SlotsLive: 1, SlotsRetired: 2, SlotsBacked: 64, Leases: 1,
 	}
 	refused := source.Info{Collector: "kmod", Hook: "none", KVM: true, Refused: "not known"}
-	other := snapshot.Slot{ID: snapshot.SlotID{Index: 4}, ISA: exitreason.VMX}
+	other := snapshot.Slot{ID: snapshot.SlotID{Index: 4}, ISA: 77}
 	return []Frame{
 		{Time: at(1), Info: &counting},
 		{Time: at(1), Snapshot: &snapshot.Snapshot{TickHz: 2e9, Loaded: 7, Counted: 1e9, Slots: []snapshot.Slot{slot(false, 5)}, Unattributed: 1, Refused: 2}},
