@@ -37,7 +37,7 @@ SERIES   := 6.1 6.12
 FLAVOURS := $(foreach series,$(SERIES),$(series) $(series)-cloud $(series)-rt)
 release  = $$($(LAB) kernel --kernel $(1) | cut -d' ' -f1)
 
-.PHONY: build kmod kmods kvm-patch kvm-patches demo bench-cost lab lab-debug lab-debug-kernel test generate install \
+.PHONY: build kmod kmods kvm-patch kvm-patches kvm-others demo bench-cost lab lab-debug lab-debug-kernel test generate install \
 	install-virtexit install-virtexit-dkms install-vdsm-hook-virtexit uninstall deb rpm staged test-packages clean distclean $(LAB)
 
 build: packages-build
@@ -68,6 +68,10 @@ kmods: packages-lab $(LAB)
 kvm-patches: packages-lab $(LAB)
 	@set -e; for series in $(SERIES); do $(MAKE) --no-print-directory kvm-patch KVER=$(call release,$$series); done
 
+# KVM whose exits are of an ISA that nobody knows, for tests.
+kvm-others: packages-lab $(LAB)
+	@set -e; for series in $(SERIES); do LAB=$(LAB) test/lab/other-kvm.sh $(call release,$$series); done
+
 demo: packages-lab build $(LAB)
 	@echo "# unpacking Debian's kernel, building virtexit.ko for it"
 	@$(MAKE) -s --no-print-directory kmod KVER=$(call release,"")
@@ -96,6 +100,7 @@ lab-debug: lab-debug-kernel
 test: packages-lab deb
 	@$(MAKE) --no-print-directory kmods
 	@$(MAKE) --no-print-directory kvm-patches
+	@$(MAKE) --no-print-directory kvm-others
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) vet -tags $(TAGS),lab,lab_debug ./...
 	$(GO) tool staticcheck -tags $(TAGS),lab,lab_debug ./...

@@ -71,6 +71,7 @@ const (
 	collectorProgKvmEntry         = "kvm_entry"
 	collectorProgKvmEntryArm64    = "kvm_entry_arm64"
 	collectorProgKvmExit          = "kvm_exit"
+	collectorProgKvmExitAny       = "kvm_exit_any"
 	collectorProgKvmExitArm64     = "kvm_exit_arm64"
 	collectorProgKvmExitGiven     = "kvm_exit_given"
 	collectorProgKvmUserspaceExit = "kvm_userspace_exit"
@@ -139,6 +140,7 @@ type collectorProgramSpecs struct {
 	KvmEntry         *ebpf.ProgramSpec `ebpf:"kvm_entry"`
 	KvmEntryArm64    *ebpf.ProgramSpec `ebpf:"kvm_entry_arm64"`
 	KvmExit          *ebpf.ProgramSpec `ebpf:"kvm_exit"`
+	KvmExitAny       *ebpf.ProgramSpec `ebpf:"kvm_exit_any"`
 	KvmExitArm64     *ebpf.ProgramSpec `ebpf:"kvm_exit_arm64"`
 	KvmExitGiven     *ebpf.ProgramSpec `ebpf:"kvm_exit_given"`
 	KvmUserspaceExit *ebpf.ProgramSpec `ebpf:"kvm_userspace_exit"`
@@ -246,6 +248,7 @@ type collectorPrograms struct {
 	KvmEntry         *ebpf.Program `ebpf:"kvm_entry"`
 	KvmEntryArm64    *ebpf.Program `ebpf:"kvm_entry_arm64"`
 	KvmExit          *ebpf.Program `ebpf:"kvm_exit"`
+	KvmExitAny       *ebpf.Program `ebpf:"kvm_exit_any"`
 	KvmExitArm64     *ebpf.Program `ebpf:"kvm_exit_arm64"`
 	KvmExitGiven     *ebpf.Program `ebpf:"kvm_exit_given"`
 	KvmUserspaceExit *ebpf.Program `ebpf:"kvm_userspace_exit"`
@@ -260,6 +263,7 @@ func (p *collectorPrograms) Close() error {
 		p.KvmEntry,
 		p.KvmEntryArm64,
 		p.KvmExit,
+		p.KvmExitAny,
 		p.KvmExitArm64,
 		p.KvmExitGiven,
 		p.KvmUserspaceExit,

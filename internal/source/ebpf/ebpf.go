@@ -17,6 +17,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
 
@@ -314,12 +315,17 @@ func (c *Collector) load(found loading, vendor int) error {
 	if err != nil {
 		return err
 	}
+	if k.exit == collectorProgKvmExitAny {
+		if err := tryRecord("kvm_exit"); err != nil {
+			return fmt.Errorf("exits of an unknown vendor module: event kvm_exit: %w", err)
+		}
+	}
 	spec := c.spec.Copy()
 	given := uint32(0)
 	if k.given {
 		given = 1
 	}
-	for _, name := range []string{collectorProgKvmExit, collectorProgKvmExitGiven, collectorProgKvmExitArm64,
+	for _, name := range []string{collectorProgKvmExit, collectorProgKvmExitGiven, collectorProgKvmExitAny, collectorProgKvmExitArm64,
 		collectorProgKvmEntry, collectorProgKvmEntryArm64} {
 		if name != k.exit && name != k.entry {
 			delete(spec.Programs, name)
@@ -397,7 +403,13 @@ func (c *Collector) attach(names ...string) error {
 		case collectorProgThreadExec:
 			event = "sched_process_exec"
 		}
-		l, err := link.AttachRawTracepoint(link.RawTracepointOptions{Name: event, Program: c.programs.Programs[name]})
+		var l link.Link
+		var err error
+		if p := c.programs.Programs[name]; p.Type() == ebpf.TracePoint {
+			l, err = attachRecord(event, p)
+		} else {
+			l, err = link.AttachRawTracepoint(link.RawTracepointOptions{Name: event, Program: p})
+		}
 		if errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("the kernel has no event %s: %w", event, err)
 		} else if err != nil {
@@ -406,6 +418,32 @@ func (c *Collector) attach(names ...string) error {
 		c.links[name] = l
 	}
 	return nil
+}
+
+// attachRecord puts a program on an event of KVM's, to have its record. The way
+// there is through perf.
+func attachRecord(event string, p *ebpf.Program) (link.Link, error) {
+	l, err := link.Tracepoint("kvm", event, p, nil)
+	if errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("needs CAP_SYS_ADMIN where sysctl kernel.perf_event_paranoid is above 2: %w", err)
+	}
+	return l, err
+}
+
+// tryRecord tells why there is no getting at the record of an event.
+func tryRecord(event string) error {
+	nothing, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.TracePoint, License: "GPL", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	})
+	if err != nil {
+		return err
+	}
+	defer nothing.Close()
+	l, err := attachRecord(event, nothing)
+	if err != nil {
+		return err
+	}
+	return l.Close()
 }
 
 // detach takes programs off their events. They may still be running.
@@ -682,6 +720,7 @@ func (c *Collector) listen() {
 		c.mu.Lock()
 		if !c.closed {
 			if kind == source.VCPUNew {
+				c.now.isa = exitreason.ISA(c.region.slots[e.Slot].ISA) // for one that only its exits tell
 				c.refill()
 				c.wish()
 				c.log()

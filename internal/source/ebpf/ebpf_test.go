@@ -162,3 +162,37 @@ func TestNear(t *testing.T) {
 		})
 	}
 }
+
+func TestFindKVM(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		dirs   []string // below /sys
+		vendor int
+		is     string // what tells one loading of the vendor from another
+	}{
+		{"nothing", nil, noVendor, ""},
+		{"kvm alone", []string{"module/kvm"}, noVendor, ""},
+		{"AMD", []string{"module/kvm", "module/kvm_amd", "class/misc/kvm"}, 0, "module/kvm_amd"},
+		{"Intel", []string{"module/kvm", "module/kvm_intel", "class/misc/kvm"}, 1, "module/kvm_intel"},
+		{"another", []string{"module/kvm", "module/kvm_pvm", "class/misc/kvm"}, otherVendor, "class/misc/kvm"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			root := t.TempDir()
+			for _, dir := range tt.dirs {
+				if err := os.MkdirAll(filepath.Join(root, "sys", dir), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var want loading
+			if tt.dirs != nil {
+				want.kvm = inode(filepath.Join(root, "sys/module/kvm"))
+			}
+			if tt.is != "" {
+				want.vendor = inode(filepath.Join(root, "sys", tt.is))
+			}
+			if got, vendor := findKVM(root); got != want || vendor != tt.vendor {
+				t.Errorf("findKVM = %+v, %d, want %+v, %d", got, vendor, want, tt.vendor)
+			}
+		})
+	}
+}

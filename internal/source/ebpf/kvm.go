@@ -16,11 +16,11 @@ import (
 
 // kvm is what the programs must know of the KVM that is loaded.
 type kvm struct {
-	isa         exitreason.ISA
-	given       bool        // kvm_exit has the reason among its arguments
-	exit, entry string      // programs for the events of these names
-	types       []*btf.Spec // of KVM's modules
-	raw         []byte      // the types of the vendor's module; nil: it has none of its own
+	isa         exitreason.ISA // None: whatever each exit is of
+	given       bool           // the reason comes with the exit
+	exit, entry string         // programs for the events of these names
+	types       []*btf.Spec    // of KVM's modules
+	raw         []byte         // the types of the vendor's module; nil: it has none of its own
 }
 
 // loading tells one loading of KVM's modules from another; zero: they are not there.
@@ -34,6 +34,12 @@ var vendors = []struct {
 	{"kvm_intel", "vcpu_vmx", exitreason.VMX},
 }
 
+// What vendor is when there is none, or one that is not among vendors.
+const (
+	noVendor    = -1
+	otherVendor = -2
+)
+
 // findKVM tells what is loaded. Where the modules are below /sys is root's.
 func findKVM(root string) (l loading, vendor int) {
 	l.kvm = inode(filepath.Join(root, "sys/module/kvm"))
@@ -42,7 +48,11 @@ func findKVM(root string) (l loading, vendor int) {
 			return l, i
 		}
 	}
-	return l, -1
+	// It has brought the device, whatever it is called.
+	if l.vendor = inode(filepath.Join(root, "sys/class/misc/kvm")); l.vendor != 0 {
+		return l, otherVendor
+	}
+	return l, noVendor
 }
 
 func inode(path string) uint64 {
@@ -86,8 +96,8 @@ func describeKVM(vendor int) (*kvm, error) {
 		}
 	case events.TypeByName("kvm_vcpu_fault_info", &s) == nil: // the ESR of an exit, in arm64's KVM alone
 		k.isa = exitreason.ARM64
-	default:
-		return nil, errors.New("no vendor module is loaded whose exits are known (kvm_amd, kvm_intel)")
+	case vendor == noVendor:
+		return nil, errors.New("kvm is loaded without a vendor module (such as kvm_amd, kvm_intel)")
 	}
 	exit, err := prototype(events, "kvm_exit")
 	if err != nil {
@@ -100,6 +110,8 @@ func describeKVM(vendor int) (*kvm, error) {
 	k.exit, k.entry = collectorProgKvmExit, collectorProgKvmEntry
 	arm64 := k.isa == exitreason.ARM64
 	switch {
+	case vendor == otherVendor && exit == "vcpu other":
+		k.given, k.exit = true, collectorProgKvmExitAny
 	case !arm64 && exit == "vcpu other":
 	case !arm64 && exit == "other vcpu other":
 		k.given, k.exit = true, collectorProgKvmExitGiven

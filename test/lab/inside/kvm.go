@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"virtexit/internal/exitreason"
 )
 
 // Build says which modules of KVM are meant.
@@ -17,7 +19,11 @@ type Build string
 const (
 	Stock   Build = "stock"   // the distribution's
 	Patched Build = "patched" // those in build/kvm-patch, with the exit hook
+	Other   Build = "other"   // a vendor module in build/lab/kvm whose exits are of OtherISA
 )
+
+// OtherISA is a code space that nobody uses; its codes are those of SVM.
+const OtherISA exitreason.ISA = 77
 
 // KVMVar names the environment variable with the Build that LoadKVM loads;
 // Stock where it is not set.
@@ -44,6 +50,7 @@ func LoadKVM(t testing.TB) {
 func ExchangeKVM(t testing.TB, kvm, vendor Build) {
 	t.Helper()
 	remove := func() {
+		Remove(t, "kvm_other")
 		Remove(t, Host(t).Module)
 		Remove(t, "kvm")
 	}
@@ -53,27 +60,36 @@ func ExchangeKVM(t testing.TB, kvm, vendor Build) {
 	loadKVM(t, Host(t).Module, vendor)
 }
 
-// patchedDir is where "make kvm-patch" leaves modules for this kernel.
-func patchedDir(t testing.TB) string {
+// LoadVendor has a vendor module loaded onto the kvm.ko that is there.
+func LoadVendor(t testing.TB, vendor Build) {
+	t.Helper()
+	loadKVM(t, Host(t).Module, vendor)
+}
+
+// built is where a module has been built for this kernel.
+func built(t testing.TB, module string, build Build) string {
 	t.Helper()
 	release := Release(t)
 	if strings.Contains(release, "-rt-") || strings.HasSuffix(release, "-debug") {
-		t.Skip("machine: no patched KVM can be built for kernel ", release)
+		t.Skipf("machine: no %s KVM can be built for kernel %s", build, release)
 	}
-	return filepath.Join("../../../build/kvm-patch", release)
+	if build == Other {
+		return filepath.Join("../../../build/lab/kvm", release, "kvm-other.ko")
+	}
+	return filepath.Join("../../../build/kvm-patch", release, strings.ReplaceAll(module, "_", "-")+".ko")
 }
 
 func loadKVM(t testing.TB, module string, build Build) {
 	t.Helper()
 	names := []string{module}
-	dir := ""
-	if build == Patched {
-		names, dir = Host(t).Needs, patchedDir(t)
+	path := ""
+	if build == Patched || build == Other {
+		names, path = Host(t).Needs, built(t, module, build)
 	}
 	if out, err := exec.Command("modprobe", append([]string{"-a"}, names...)...).CombinedOutput(); err != nil {
 		t.Fatalf("modprobe %s: %v\n%s", names, err, out)
 	}
-	if build == Patched {
-		insert(t, filepath.Join(dir, strings.ReplaceAll(module, "_", "-")+".ko"), "")
+	if path != "" {
+		insert(t, path, "")
 	}
 }

@@ -36,8 +36,8 @@ _Static_assert(offsetof(struct vx_own, look) % 8 == 0 &&
 	       offsetof(struct vx_own, slow) == offsetof(struct vx_own, look) + 4, "");
 
 /* Of the KVM that the programs are loaded for. */
-const volatile u32 vx_isa;
-const volatile u32 vx_given;	/* kvm_exit has the reason among its arguments */
+const volatile u32 vx_isa;	/* 0: whatever each exit is of */
+const volatile u32 vx_given;	/* the reason comes with the exit */
 const volatile u32 vx_direct;	/* the kernel has bpf_rdonly_cast() */
 
 /* Set by the process. */
@@ -312,16 +312,18 @@ static __always_inline u32 reason(const struct vx_own *own, u64 vcpu, u32 given)
 	return READ(vcpu_vmx, vcpu, exit_reason.full);
 }
 
-/* Of the exit that halts a guest. */
-static __always_inline u32 halt_code(void)
+/* Is it that of the exit that halts a guest? */
+static __always_inline bool is_halt(u32 code)
 {
 	switch (vx_isa) {
 	case VIRTEXIT_ISA_SVM:
-		return SVM_EXIT_HLT;
+		return code == SVM_EXIT_HLT;
+	case VIRTEXIT_ISA_VMX:
+		return code == EXIT_REASON_HLT;
 	case VIRTEXIT_ISA_ARM64:
-		return ESR_ELx_EC_WFx;
+		return code == ESR_ELx_EC_WFx;
 	default:
-		return EXIT_REASON_HLT;
+		return 0;
 	}
 }
 
@@ -507,7 +509,7 @@ static __always_inline void time_end(struct virtexit_slot *pub, u64 now)
 		/* KVM has not told of a halt that goes on. */
 		if (row && pub->doing == VIRTEXIT_IN_KVM &&
 		    !(row->flags & VIRTEXIT_ROW_OTHER) &&
-		    row->code == halt_code())
+		    is_halt(row->code))
 			pub->doing = VIRTEXIT_HALTED;
 		if (own->level == VIRTEXIT_LEVEL_RECENT)
 			log_end(pub, now);
@@ -926,7 +928,7 @@ static __always_inline void least(volatile u32 *cost, u64 start, u64 begin,
 
 __noinline int exit_slow(u64 vcpu, u32 isa, u32 given, u64 now)
 {
-	u32 code, slot = find(vcpu);
+	u32 code, slot = vcpu ? find(vcpu) : 0;
 	struct virtexit_slot *pub;
 	u64 start, begin, end, guest_tsc;
 	struct virtexit_cpu *cpu;
@@ -936,7 +938,7 @@ __noinline int exit_slow(u64 vcpu, u32 isa, u32 given, u64 now)
 		cpu = this_cpu();
 		if (!cpu)
 			return 0;
-		if (isa != vx_isa) {
+		if (!vcpu || (vx_isa && isa != vx_isa)) {
 			cpu->refused++;
 			return 0;
 		}
@@ -1007,7 +1009,7 @@ int kvm_exit_given(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /*
- * arm64's events name no vCPU. The thread is to be told when it is preempted, on
+ * Where an event names no vCPU. The thread is to be told when it is preempted, on
  * behalf of the vCPU that it runs.
  */
 static __always_inline u64 running_vcpu(void)
@@ -1015,7 +1017,7 @@ static __always_inline u64 running_vcpu(void)
 	u64 link = READ(task_struct, bpf_get_current_task(),
 			preempt_notifiers.first);
 
-	return link - OFFSET(kvm_vcpu, preempt_notifier.link);
+	return link ? link - OFFSET(kvm_vcpu, preempt_notifier.link) : 0;
 }
 
 /* kvm_exit(ret, esr_ec, vcpu_pc), on arm64, when interrupts have been on */
@@ -1029,6 +1031,16 @@ int kvm_exit_arm64(struct bpf_raw_tracepoint_args *ctx)
 	return exit(running_vcpu(), VIRTEXIT_ISA_ARM64, serror |
 		    (type == ARM_EXCEPTION_TRAP ? class :
 						  VIRTEXIT_ARM64_TYPE | type));
+}
+
+/*
+ * The record of kvm_exit, where KVM's vendor module has put the reason. So it need
+ * not be known where else that is, but KVM takes a while to fill in the record.
+ */
+SEC("tp")
+int kvm_exit_any(struct trace_event_raw_kvm_exit *record)
+{
+	return exit(running_vcpu(), record->isa, record->exit_reason);
 }
 
 /* After an exit that KVM handled at once; or false, and nothing is done. */

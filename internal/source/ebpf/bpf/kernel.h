@@ -88,6 +88,12 @@ struct kvm_vcpu___arm64 {
 	struct kvm_vcpu_arch___arm64 arch;
 };
 
+/* The record of the event kvm_exit on x86. */
+struct trace_event_raw_kvm_exit {
+	unsigned int exit_reason;
+	__u32 isa;
+};
+
 struct vmcb_control_area {
 	__u32 exit_code;
 };
