@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"virtexit/api"
+	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
 	"virtexit/internal/source/ebpf"
 	"virtexit/internal/source/kmod"
@@ -26,6 +27,7 @@ type collectors struct {
 	played     bool
 	bpf        *ebpf.Collector // keeps what it has counted; nil: not needed so far
 
+	taken string // the one that open returned
 	mu    sync.Mutex
 	tried []api.Tried
 }
@@ -46,38 +48,83 @@ func (c *collectors) choices() []choice {
 	return slices.DeleteFunc(all, func(o choice) bool { return c.config.collector != "auto" && c.config.collector != o.name })
 }
 
-// open tries one collector after the other.
+// usable opens a collector, unless it would not count the KVM that is loaded.
+func (o choice) usable() (source.Source, error) {
+	src, err := o.open()
+	if err != nil {
+		return nil, err
+	}
+	err = src.SetLevel(snapshot.Pause) // at which it looks at KVM
+	info, err2 := src.Info()
+	if err = errors.Join(err, err2, src.SetLevel(snapshot.Off)); err == nil && info.Refused != "" {
+		err = fmt.Errorf("KVM is not counted: %s", info.Refused)
+	}
+	if err != nil {
+		return nil, errors.Join(err, src.Close())
+	}
+	return src, nil
+}
+
+// first opens the best collector that is usable, if any, and tells what was wrong
+// with those before.
+func (c *collectors) first() (o choice, src source.Source, tried []api.Tried) {
+	for _, o := range c.choices() {
+		src, err := o.usable()
+		if err == nil {
+			return o, src, tried
+		}
+		tried = append(tried, api.Tried{Collector: o.name, Refused: err.Error(), Gain: o.gain})
+	}
+	return choice{}, nil, tried
+}
+
+// open opens a collector. Where none can count the KVM that is loaded it is the
+// best that is there: KVM may be exchanged.
 func (c *collectors) open() (source.Source, error) {
 	if c.config.replay != "" {
 		return c.openReplay()
 	}
-	var tried []api.Tried
-	var problems []string
-	for _, o := range c.choices() {
-		src, err := o.open()
-		if err == nil {
-			if o.name != "ebpf" {
-				c.close()
-			}
-			c.tell(tried)
+	o, src, tried := c.first()
+	if src != nil {
+		c.take(o, tried)
+		return src, nil
+	}
+	for i, o := range c.choices() {
+		if src, err := o.open(); err == nil {
+			c.take(o, slices.Delete(tried, i, i+1))
 			return src, nil
 		}
-		tried = append(tried, api.Tried{Collector: o.name, Refused: err.Error(), Gain: o.gain})
-		problems = append(problems, o.name+": "+err.Error())
 	}
 	c.tell(tried)
+	var problems []string
+	for _, o := range tried {
+		problems = append(problems, o.Collector+": "+o.Refused)
+	}
 	return nil, errors.New(strings.Join(problems, "; "))
 }
 
-// better tells whether one of those that open found to be unavailable no longer is.
-func (c *collectors) better() bool {
-	for _, o := range c.choices()[:len(c.refused())] {
-		if src, err := o.open(); err == nil {
-			src.Close()
-			return true
-		}
+func (c *collectors) take(o choice, tried []api.Tried) {
+	if o.name != "ebpf" {
+		c.close()
 	}
-	return false
+	c.taken = o.name
+	c.tell(tried)
+}
+
+// better tells whether open would return another collector now.
+func (c *collectors) better() bool {
+	if c.taken == "" || c.config.collector != "auto" {
+		return false
+	}
+	o, src, tried := c.first()
+	if src == nil {
+		return false
+	}
+	src.Close()
+	if o.name == c.taken {
+		c.tell(tried)
+	}
+	return o.name != c.taken
 }
 
 func (c *collectors) tell(tried []api.Tried) {
