@@ -27,9 +27,10 @@ type collectors struct {
 	played     bool
 	bpf        *ebpf.Collector // keeps what it has counted; nil: not needed so far
 
-	taken string // the one that open returned
-	mu    sync.Mutex
-	tried []api.Tried
+	taken  string // the one that open returned
+	source source.Source
+	mu     sync.Mutex
+	tried  []api.Tried
 }
 
 // choice is a collector that may be taken.
@@ -46,6 +47,10 @@ func (c *collectors) choices() []choice {
 		{"kvmstats", "how many exits each vCPU takes", c.openStatistics},
 	}
 	return slices.DeleteFunc(all, func(o choice) bool { return c.config.collector != "auto" && c.config.collector != o.name })
+}
+
+func (o choice) refused(err error) api.Tried {
+	return api.Tried{Collector: o.name, Refused: err.Error(), Gain: o.gain}
 }
 
 // usable opens a collector, unless it would not count the KVM that is loaded.
@@ -65,34 +70,23 @@ func (o choice) usable() (source.Source, error) {
 	return src, nil
 }
 
-// first opens the best collector that is usable, if any, and tells what was wrong
-// with those before.
-func (c *collectors) first() (o choice, src source.Source, tried []api.Tried) {
-	for _, o := range c.choices() {
-		src, err := o.usable()
-		if err == nil {
-			return o, src, tried
-		}
-		tried = append(tried, api.Tried{Collector: o.name, Refused: err.Error(), Gain: o.gain})
-	}
-	return choice{}, nil, tried
-}
-
-// open opens a collector. Where none can count the KVM that is loaded it is the
-// best that is there: KVM may be exchanged.
+// open opens the best collector that is usable. Where none can count the KVM that
+// is loaded it is the best that is there: KVM may be exchanged.
 func (c *collectors) open() (source.Source, error) {
 	if c.config.replay != "" {
 		return c.openReplay()
 	}
-	o, src, tried := c.first()
-	if src != nil {
-		c.take(o, tried)
-		return src, nil
+	var tried []api.Tried
+	for _, o := range c.choices() {
+		src, err := o.usable()
+		if err == nil {
+			return c.take(o, src, tried), nil
+		}
+		tried = append(tried, o.refused(err))
 	}
 	for i, o := range c.choices() {
 		if src, err := o.open(); err == nil {
-			c.take(o, slices.Delete(tried, i, i+1))
-			return src, nil
+			return c.take(o, src, slices.Delete(tried, i, i+1)), nil
 		}
 	}
 	c.tell(tried)
@@ -103,28 +97,36 @@ func (c *collectors) open() (source.Source, error) {
 	return nil, errors.New(strings.Join(problems, "; "))
 }
 
-func (c *collectors) take(o choice, tried []api.Tried) {
+func (c *collectors) take(o choice, src source.Source, tried []api.Tried) source.Source {
 	if o.name != "ebpf" {
 		c.close()
 	}
-	c.taken = o.name
+	c.taken, c.source = o.name, src
 	c.tell(tried)
+	return src
 }
 
-// better tells whether open would return another collector now.
+// better tells whether open would return another collector now. It does not try
+// the one in use, nor, while that counts, those that come after it.
 func (c *collectors) better() bool {
-	if c.taken == "" || c.config.collector != "auto" {
-		return false
+	var tried []api.Tried
+	for _, o := range c.choices() {
+		if o.name == c.taken {
+			if info, err := c.source.Info(); err != nil || info.Refused == "" {
+				c.tell(tried)
+				return false
+			}
+			continue
+		}
+		src, err := o.usable()
+		if err == nil {
+			src.Close()
+			return true
+		}
+		tried = append(tried, o.refused(err))
 	}
-	o, src, tried := c.first()
-	if src == nil {
-		return false
-	}
-	src.Close()
-	if o.name == c.taken {
-		c.tell(tried)
-	}
-	return o.name != c.taken
+	c.tell(tried)
+	return false
 }
 
 func (c *collectors) tell(tried []api.Tried) {
