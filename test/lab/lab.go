@@ -395,7 +395,7 @@ func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + 
 func (m *machine) cmdline() string {
 	// On a host that is busy the timer may not tick ten times while the kernel waits for that, which it takes for a broken one.
 	cmdline := "console=ttyS0 panic=-1 oops=panic panic_on_warn=1 no_timer_check " + m.Config.Cmdline
-	if m.wantsTSC() {
+	if m.Emulator != Bochs && !m.Icount {
 		cmdline += " tsc=reliable" // all CPUs have the same one, however long one of them had to wait
 	}
 	return cmdline
