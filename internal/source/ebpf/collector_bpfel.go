@@ -34,7 +34,6 @@ type collectorVxOwn struct {
 	_        structs.HostLayout
 	Task     uint64
 	Vcpu     uint64
-	Vmcb     uint64
 	Look     uint32
 	Slow     uint32
 	Switches uint64

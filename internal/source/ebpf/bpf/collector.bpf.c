@@ -267,46 +267,16 @@ static __always_inline struct halts halts(u64 vcpu)
 	return (struct halts){ at[0] + at[fail / 8], at[wait / 8] };
 }
 
-/*
- * SVM: a vCPU has another VMCB while a guest of its guest runs. Its first one then
- * keeps the exit that led there, which out of KVM_RUN's sight can be but one of
- * three. So that one need not be looked up at each other exit.
- */
-static __always_inline u64 first_vmcb(u64 vcpu)
-{
-	struct pair p;
-
-	if (vx_isa != VIRTEXIT_ISA_SVM || vx_given || vx_direct)
-		return 0;
-	p = READ_PAIR(vcpu_svm, vcpu, vmcb, vmcb01.ptr);
-	return p.first == p.second ? p.first : 0;
-}
-
-static __always_inline u32 svm_reason(u64 vcpu, u64 first)
-{
-	u64 code = OFFSET(vmcb, control.exit_code);
-	u64 vmcb = vcpu + OFFSET(vcpu_svm, vmcb);
-	u32 known;
-
-	if (vx_direct)
-		return peek(peek(vmcb, 8) + code, 4);
-	if (likely(first)) {
-		bpf_probe_read_kernel(&known, 4, (void *)(first + code));
-		if (likely(known != SVM_EXIT_VMRUN && known != SVM_EXIT_GP &&
-			   known != SVM_EXIT_RSM))
-			return known;
-	}
-	return load(load(vmcb, 8) + code, 4);
-}
-
-static __always_inline u32 reason(const struct vx_own *own, u64 vcpu, u32 given)
+static __always_inline u32 reason(u64 vcpu, u32 given)
 {
 	struct vcpu_vmx___vt *vt = NULL;
 
 	if (vx_given)
 		return given;
 	if (vx_isa == VIRTEXIT_ISA_SVM)
-		return svm_reason(vcpu, own->vmcb);
+		/* That of a guest of the guest has a VMCB of its own. */
+		return READ(vmcb, READ(vcpu_svm, vcpu, vmcb),
+			    control.exit_code);
 	if (bpf_core_field_exists(vt->vt))
 		return READ(vcpu_vmx___vt, vcpu, vt.exit_reason.full);
 	return READ(vcpu_vmx, vcpu, exit_reason.full);
@@ -624,7 +594,6 @@ static __always_inline struct virtexit_cpu *this_cpu(void)
 static __always_inline u32 use(struct vx_own *own, u64 vcpu)
 {
 	own->vcpu = vcpu;
-	own->vmcb = first_vmcb(vcpu);
 	own->late = late(vcpu);
 	own->slow &= ~VX_SLOW_LEFT;
 	*cache() = place(own->index);
@@ -968,14 +937,14 @@ __noinline int exit_slow(u64 vcpu, u32 isa, u32 given, u64 now)
 		start = bpf_ktime_get_ns();
 		begin = bpf_ktime_get_ns();
 		exit_time();
-		count(pub, vcpu, reason(own, vcpu, given), now);
+		count(pub, vcpu, reason(vcpu, given), now);
 		end = bpf_ktime_get_ns();
 		least(&vx_exit_cost, start, begin, end);
 		if (!own->measure || !--own->measure)
 			own->slow &= ~VX_SLOW_MEASURE;
 		return 0;
 	}
-	code = reason(own, vcpu, given);
+	code = reason(vcpu, given);
 	count(pub, vcpu, code, now);
 	if (own->level == VIRTEXIT_LEVEL_RECENT && now)
 		log_exit(pub, vcpu, code);
@@ -988,7 +957,7 @@ static __always_inline int exit(u64 vcpu, u32 isa, u32 given)
 	struct virtexit_slot *pub = slot_in(cache());
 
 	if (pub && fast(own_of(pub), vcpu, bpf_get_current_task()))
-		count(pub, vcpu, reason(own_of(pub), vcpu, given), now);
+		count(pub, vcpu, reason(vcpu, given), now);
 	else
 		exit_slow(vcpu, isa, given, now);
 	return 0;

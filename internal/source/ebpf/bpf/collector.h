@@ -31,7 +31,6 @@ enum {
  * struct vx_own - what is known of a slot beyond its counters; in its reserved2
  * @task: thread being counted; 0 unless LIVE
  * @vcpu: that it ran last
- * @vmcb: of the vCPU, where it may be taken for the one in use: see first_vmcb()
  * @look: @want has changed; set by the process
  * @slow: why the fast path is not for this slot
  * @switches: the thread's context switches up to the last entry; ~0 when there is
@@ -51,7 +50,6 @@ enum {
 struct vx_own {
 	__u64 task;
 	__u64 vcpu;
-	__u64 vmcb;
 	__u32 look;
 	__u32 slow;
 	__u64 switches;

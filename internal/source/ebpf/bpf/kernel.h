@@ -102,14 +102,9 @@ struct vmcb {
 	struct vmcb_control_area control;
 };
 
-struct kvm_vmcb_info {
-	struct vmcb *ptr;
-};
-
 /* It and vcpu_vmx begin with the struct kvm_vcpu. */
 struct vcpu_svm {
 	struct vmcb *vmcb;
-	struct kvm_vmcb_info vmcb01;
 };
 
 union vmx_exit_reason {
@@ -138,10 +133,7 @@ struct vcpu_vmx___vt {
 #define SVM_TSC_RATIO_DEFAULT 0x0100000000ULL
 
 /* uapi/asm/svm.h, uapi/asm/vmx.h */
-#define SVM_EXIT_GP 0x4d
-#define SVM_EXIT_RSM 0x73
 #define SVM_EXIT_HLT 0x78
-#define SVM_EXIT_VMRUN 0x80
 #define EXIT_REASON_HLT 12
 
 /* arch/arm64: asm/kvm_asm.h, asm/esr.h */
