@@ -19,12 +19,12 @@ func TestCost(t *testing.T) {
 	}
 	// The design's 400 for the eBPF collector hold at level count. To time an exit the kernel alone takes most of that, for it
 	// runs two programs that read the clock: that is measured, as BPFClock. The collector may add what its own instructions came
-	// to when there was nothing left to leave out; and before 6.2 two calls to read the kernel's memory, with what they are for:
-	// the reason, and when the exit occurred, since kvm_exit is late there.
+	// to when there was nothing left to leave out; and before 6.2 three calls to read the kernel's memory, with what they are for:
+	// two for the reason, and one for when the exit occurred, since kvm_exit is late there.
 	const (
 		bpfCount = 400
-		bpfOwn   = 260
-		bpfRead  = 125
+		bpfOwn   = 270
+		bpfRead  = 115
 	)
 	bpfTime := 0
 	const patch = 5 // KVM's own hook, when nobody is behind it
@@ -37,7 +37,7 @@ func TestCost(t *testing.T) {
 		case r.Observer == BPFClock && r.Exit == CPUID:
 			bpfTime = r.Added + bpfOwn
 			if strings.HasPrefix(r.Kernel, "6.1.") {
-				bpfTime += 2 * bpfRead
+				bpfTime += 3 * bpfRead
 			}
 		case r.Observer == VirtexitBPF:
 			budget, ok = map[string]int{snapshot.Count.String(): bpfCount, snapshot.Time.String(): bpfTime}[r.Level]
