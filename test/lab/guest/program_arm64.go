@@ -25,7 +25,7 @@ func HVC(function, n uint32) Op { return Op{Kind: kindHVC, Arg: function, N: n} 
 // SMC calls firmware that is not there.
 func SMC(n uint32) Op { return Op{Kind: kindSMC, N: n} }
 
-// WFI waits for an interrupt, with interrupts off. There is none: what ends the wait is a signal.
+// WFI halts n times, with interrupts off. What ends each halt is a signal.
 func WFI(n uint32) Op { return Op{Kind: kindWFI, N: n} }
 
 // MMIO writes a byte to a guest-physical address other than EndAddr, where a VM of this package has no memory.

@@ -258,19 +258,17 @@ func (v *VCPU) thread(tid chan<- int) {
 	}
 }
 
-func (v *VCPU) execute(p Program) error {
-	code, err := v.assemble(p)
-	if err != nil {
-		return err
-	}
-	if room := v.room(); len(code) > room {
+// load puts a program's code where it runs.
+func (v *VCPU) load(code []byte, room int) error {
+	if len(code) > room {
 		return fmt.Errorf("program takes %d bytes, more than %d", len(code), room)
 	}
 	copy(v.vm.memory[v.base:], code)
-	if err := v.reset(); err != nil {
-		return err
-	}
-	defer v.rouse(p)()
+	return nil
+}
+
+// loop runs the vCPU until the program has ended or is to be stopped.
+func (v *VCPU) loop() error {
 	for {
 		reason := uint32(exitIntr)
 		if _, err := ioctl(v.fd, "KVM_RUN", kvmRun, 0); err == nil {

@@ -158,12 +158,14 @@ func (v *VCPU) Least() (uint32, error) {
 
 func (v *VCPU) prepare() error { return nil }
 
-func (v *VCPU) assemble(p Program) ([]byte, error) { return p.assemble(v.vm.vendor, endOut) }
-
-func (v *VCPU) room() int { return v.size - wakeSize }
-
-// reset has the vCPU begin its program.
-func (v *VCPU) reset() error {
+func (v *VCPU) execute(p Program) error {
+	code, err := p.assemble(v.vm.vendor, endOut)
+	if err != nil {
+		return err
+	}
+	if err := v.load(code, v.size-wakeSize); err != nil {
+		return err
+	}
 	var s sregs
 	if err := ioctlPtr(v.fd, "KVM_GET_SREGS", kvmGetSregs, unsafe.Pointer(&s)); err != nil {
 		return err
@@ -178,13 +180,13 @@ func (v *VCPU) reset() error {
 		return err
 	}
 	r := regs{rip: uint64(v.base), rsp: v.stack(), rflags: 2}
-	return ioctlPtr(v.fd, "KVM_SET_REGS", kvmSetRegs, unsafe.Pointer(&r))
+	if err := ioctlPtr(v.fd, "KVM_SET_REGS", kvmSetRegs, unsafe.Pointer(&r)); err != nil {
+		return err
+	}
+	return v.loop()
 }
 
 // atEnd tells whether the program has come to its end.
 func (v *VCPU) atEnd(reason uint32) bool {
 	return reason == exitIO && binary.NativeEndian.Uint16(v.run[runIOPort:]) == EndPort
 }
-
-// rouse need not do anything: KVM_RUN returns from a halt.
-func (v *VCPU) rouse(Program) (stop func()) { return func() {} }

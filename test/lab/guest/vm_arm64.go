@@ -4,7 +4,6 @@ package guest
 
 import (
 	"encoding/binary"
-	"slices"
 	"time"
 	"unsafe"
 )
@@ -51,15 +50,48 @@ func (v *VCPU) prepare() error {
 	return ioctlPtr(v.fd, "KVM_ARM_VCPU_INIT", kvmArmVCPUInit, unsafe.Pointer(&init))
 }
 
-func (v *VCPU) assemble(p Program) ([]byte, error) { return p.assemble() }
-
-func (v *VCPU) room() int { return v.size }
-
-// reset has the vCPU begin its program. No caches are kept in step with the program's text, for the lab's CPU has none.
-func (v *VCPU) reset() error {
+// execute keeps no caches in step with the program's code, for the lab's CPU has none.
+func (v *VCPU) execute(p Program) error {
+	code, err := p.assemble()
+	if err != nil {
+		return err
+	}
+	if err := v.load(code, v.size); err != nil {
+		return err
+	}
 	pc := uint64(memoryAddr + v.base)
 	reg := struct{ id, addr uint64 }{regPC, uint64(uintptr(unsafe.Pointer(&pc)))}
-	return ioctlPtr(v.fd, "KVM_SET_ONE_REG", kvmSetOneReg, unsafe.Pointer(&reg))
+	if err := ioctlPtr(v.fd, "KVM_SET_ONE_REG", kvmSetOneReg, unsafe.Pointer(&reg)); err != nil {
+		return err
+	}
+	var halts uint64
+	for _, op := range p.Ops {
+		if op.Kind == kindWFI {
+			halts += uint64(op.N)
+		}
+	}
+	if halts == 0 || v.vm.halting {
+		return v.loop()
+	}
+	before, err := v.Stats()
+	if err != nil {
+		return err
+	}
+	stop := v.rouse()
+	err = v.loop()
+	stop()
+	if err != nil || v.stop.Load() {
+		return err
+	}
+	after, err := v.Stats()
+	if err != nil {
+		return err
+	}
+	// WFI does nothing while an interrupt is pending, be it the host's, which the CPU is about to take.
+	if had := after["wfi_exit_stat"] - before["wfi_exit_stat"]; had < halts {
+		return v.execute(Program{Ops: []Op{WFI(uint32(halts - had))}})
+	}
+	return nil
 }
 
 // atEnd tells whether the program has come to its end.
@@ -67,11 +99,8 @@ func (v *VCPU) atEnd(reason uint32) bool {
 	return reason == exitMMIO && binary.NativeEndian.Uint64(v.run[runMMIOAddr:]) == EndAddr
 }
 
-// rouse ends the halts of a program until stop is called. A signal that comes at another moment does nothing.
-func (v *VCPU) rouse(p Program) (stop func()) {
-	if v.vm.halting || !slices.ContainsFunc(p.Ops, func(op Op) bool { return op.Kind == kindWFI }) {
-		return func() {}
-	}
+// rouse ends each halt until stop is called. A signal that comes at another moment does nothing.
+func (v *VCPU) rouse() (stop func()) {
 	done := make(chan struct{})
 	go func() {
 		t := time.NewTicker(2 * time.Millisecond)
