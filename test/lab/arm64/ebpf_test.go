@@ -14,7 +14,6 @@ import (
 	"virtexit/internal/exitreason"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
-	"virtexit/internal/source/ebpf"
 	"virtexit/internal/source/sourcetest"
 	"virtexit/test/lab/guest"
 	"virtexit/test/lab/inside"
@@ -22,58 +21,29 @@ import (
 
 func TestMain(m *testing.M) { inside.Main(m) }
 
-func newCollector(t *testing.T) *ebpf.Collector {
-	t.Helper()
-	c, err := ebpf.New(ebpf.Options{Version: "test"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return c
-}
-
 // TestEBPF holds the collector to what all collectors share.
 func TestEBPF(t *testing.T) {
 	inside.QuietLog(t)
-	c := newCollector(t)
-	sourcetest.Run(t, func() (source.Source, error) { return c.Open() }, generator(200))
+	c := inside.NewEBPF(t)
+	sourcetest.Run(t, func() (source.Source, error) { return c.Open() }, inside.Generator{N: 200, Program: program})
 }
 
-type generator int
-
-func (g generator) Exits() int { return int(g) }
-
-func (generator) Guest(vcpus int) (sourcetest.Guest, error) {
-	g, err := inside.StartGuest(vcpus)
-	if err != nil {
-		return nil, err
-	}
-	return process{g}, nil
-}
-
-// process gives a guest the words of sourcetest.
-type process struct{ *inside.Guest }
-
-func (p process) Exit(vcpu int, kind sourcetest.Kind, n int) error {
+// program has a guest make exits of a kind.
+func program(kind sourcetest.Kind, n int) string {
 	const end = 1 // the write that a program ends with
-	program := ""
 	switch kind {
 	case sourcetest.CPUID:
-		program = fmt.Sprintf("sys:%d", n)
+		return fmt.Sprintf("sys:%d", n)
 	case sourcetest.IO:
-		program = fmt.Sprintf("mmio:0x80000:%d", n-end)
+		return fmt.Sprintf("mmio:0x80000:%d", n-end)
 	case sourcetest.HLT:
-		program = fmt.Sprintf("wfi:%d", n)
+		return fmt.Sprintf("wfi:%d", n)
 	case sourcetest.Hypercall:
-		program = fmt.Sprintf("hvc:%d", n)
+		return fmt.Sprintf("hvc:%d", n)
 	case sourcetest.MSR:
-		program = fmt.Sprintf("smc:%d", n)
+		return fmt.Sprintf("smc:%d", n)
 	}
-	return p.Run(vcpu, program)
+	return ""
 }
 
 // TestNames has each exit under the kernel's name, and as many in all as KVM itself says.
@@ -189,7 +159,7 @@ func TestHalt(t *testing.T) {
 
 func open(t *testing.T) source.Source {
 	t.Helper()
-	src, err := newCollector(t).Open()
+	src, err := inside.NewEBPF(t).Open()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,7 +20,6 @@ import (
 	"virtexit/internal/exitreason"
 	"virtexit/internal/snapshot"
 	"virtexit/internal/source"
-	"virtexit/internal/source/ebpf"
 	"virtexit/test/lab/inside"
 )
 
@@ -42,7 +41,7 @@ func TestBoth(t *testing.T) {
 			attach := []func(){
 				func() { module = open(t, snapshot.Time) },
 				func() {
-					s, err := newCollector(t, ebpf.Options{}).Open()
+					s, err := inside.NewEBPF(t).Open()
 					if err != nil {
 						t.Fatal(err)
 					}

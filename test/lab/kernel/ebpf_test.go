@@ -29,35 +29,6 @@ import (
 	"virtexit/test/lab/inside"
 )
 
-func newCollector(t testing.TB, o ebpf.Options) *ebpf.Collector {
-	t.Helper()
-	if !typed("vmlinux") {
-		t.Skip("machine: this kernel does not describe its types, as the debug kernel, which has no BPF")
-	}
-	if _, err := os.Stat("/sys/module/kvm"); err == nil && !typed("kvm") {
-		t.Skip("machine: this build of KVM does not describe its types")
-	}
-	o.Version = "test"
-	c, err := ebpf.New(o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return c
-}
-
-// typed tells whether a module describes its types, or the kernel, vmlinux. A
-// patched KVM does where the kernel's headers have what that takes, as those of
-// 6.12 do.
-func typed(module string) bool {
-	_, err := os.Stat("/sys/kernel/btf/" + module)
-	return err == nil
-}
-
 // TestEBPF holds the eBPF collector to what all collectors share.
 func TestEBPF(t *testing.T) {
 	inside.LoadKVM(t)
@@ -65,14 +36,14 @@ func TestEBPF(t *testing.T) {
 	if inside.Host(t).ISA == exitreason.VMX {
 		exits = 50
 	}
-	c := newCollector(t, ebpf.Options{})
-	sourcetest.Run(t, func() (source.Source, error) { return c.Open() }, generator(exits))
+	c := inside.NewEBPF(t)
+	sourcetest.Run(t, func() (source.Source, error) { return c.Open() }, inside.Generator{N: exits, Program: program})
 }
 
 // TestEBPFFollowsKVM exchanges KVM's modules under a lease. As long as programs
 // are attached kvm.ko cannot go; they are not when the vendor's module has gone.
 func TestEBPFFollowsKVM(t *testing.T) {
-	c := newCollector(t, ebpf.Options{})
+	c := inside.NewEBPF(t)
 	s, err := c.Open()
 	if err != nil {
 		t.Fatal(err)
@@ -101,7 +72,7 @@ func TestEBPFFollowsKVM(t *testing.T) {
 		t.Run(string(tc.kvm), func(t *testing.T) {
 			inside.ExchangeKVM(t, tc.kvm, tc.kvm)
 			t.Setenv(inside.KVMVar, string(tc.kvm))
-			if !typed("kvm") {
+			if !inside.Typed("kvm") {
 				inside.Eventually(t, "KVM without types to be refused", 5*time.Second, func() bool {
 					i := info()
 					return i.Level == snapshot.Off && strings.Contains(i.Refused, "CONFIG_DEBUG_INFO_BTF_MODULES")
@@ -142,7 +113,7 @@ func TestEBPFReasonGiven(t *testing.T) {
 		t.Skip("machine: it does not see the host's files")
 	}
 	inside.LoadKVM(t)
-	newCollector(t, ebpf.Options{}) // or there is no need
+	inside.NewEBPF(t) // or there is no need
 	spec, err := cilium.LoadCollectionSpec(object)
 	if err != nil {
 		t.Fatal(err)
@@ -200,7 +171,7 @@ func TestEBPFReasonGiven(t *testing.T) {
 
 // TestEBPFForbidden has processes that may not call bpf(2), whatever their capabilities.
 func TestEBPFForbidden(t *testing.T) {
-	newCollector(t, ebpf.Options{}) // or there is nothing to forbid
+	inside.NewEBPF(t) // or there is nothing to forbid
 	for how, attr := range map[string]*syscall.SysProcAttr{
 		"seccomp filter": {},
 		"user namespace": {Cloneflags: unix.CLONE_NEWUSER, UidMappings: []syscall.SysProcIDMap{{HostID: 0, Size: 1}}},

@@ -13,7 +13,6 @@ import (
 
 	"virtexit/internal/exitreason"
 	"virtexit/internal/snapshot"
-	"virtexit/internal/source/ebpf"
 	"virtexit/test/lab/inside"
 )
 
@@ -34,7 +33,7 @@ func TestOtherISA(t *testing.T) {
 		t.Errorf("the module: %+v", info)
 	}
 
-	s, err := newCollector(t, ebpf.Options{}).Open()
+	s, err := inside.NewEBPF(t).Open()
 	if err != nil {
 		t.Fatal(err)
 	}
