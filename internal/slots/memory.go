@@ -6,10 +6,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"virtexit/internal/abi"
@@ -122,10 +122,11 @@ func (m *Memory) Cost() (exit, entry int) {
 func (m *Memory) Snapshot() (*snapshot.Snapshot, error) {
 	// A release in between would have its counts appear twice, in the slot and
 	// in the header's sum, or not at all.
-	for range attempts {
+	for i := range attempts {
 		before := atomic.LoadUint32(&m.header.Seq)
 		if before%2 != 0 {
-			runtime.Gosched() // a few stores, and it is over
+			// A few stores, and it is over; but who makes them may wait for a CPU.
+			time.Sleep(time.Duration(i) * 20 * time.Microsecond)
 			continue
 		}
 		s, err := m.readAll()
