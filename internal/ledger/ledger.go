@@ -9,6 +9,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -33,9 +34,10 @@ type Ledger struct {
 	spare     map[use]known                 // an empty one: saves an allocation at each snapshot
 	before    []*snapshot.Slot              // as is said at follow; empty too
 	kernel    kernel
-	earlier   Totals // of collectors that were replaced
-	counted   uint64 // nanoseconds, by collectors that were replaced
-	forgotten uint64 // exits of processes that are no longer remembered
+	earlier   Totals      // of collectors that were replaced
+	counted   uint64      // nanoseconds, by collectors that were replaced
+	past      []collector // the latest of those, all in the two before
+	forgotten uint64      // exits of processes that are no longer remembered
 	reopened  bool
 	now       uint64
 	tickHz    uint64
@@ -47,6 +49,16 @@ type kernel struct {
 	counted                                uint64 // nanoseconds
 	exits, unattributed, refused, released uint64
 	gone                                   uint64 // of released, those that are in the ledger
+}
+
+// maxPast is how many collectors are remembered that were replaced. The module can
+// come back; others never do.
+const maxPast = 4
+
+// collector is one that was replaced, as it was last seen.
+type collector struct {
+	kernel kernel
+	slots  map[use]known
 }
 
 func (k kernel) missed() uint64 { return k.released - k.gone }
@@ -90,10 +102,13 @@ func (l *Ledger) Reopen() { l.reopened = true }
 // whose counts the ledger has taken; until they are released it returns them
 // every time. A snapshot that fails with ErrInconsistent has changed nothing.
 func (l *Ledger) Apply(snap *snapshot.Snapshot, now uint64) (release []snapshot.SlotID, err error) {
+	if l.tickHz != 0 && farFrom(snap.TickHz, l.tickHz) {
+		snap = snap.In(l.tickHz)
+	}
 	next, k, err := l.follow(snap)
 	if err != nil && l.reopened {
-		// Not a continuation: another collector, which began at zero.
-		l.replace()
+		// Not a continuation: another collector.
+		l.replace(snap.Loaded)
 		next, k, err = l.follow(snap)
 	}
 	if err != nil {
@@ -118,6 +133,10 @@ func (l *Ledger) Apply(snap *snapshot.Snapshot, now uint64) (release []snapshot.
 	}
 	return release, l.check()
 }
+
+// farFrom tells whether two clocks differ by more than one that is calibrated anew
+// when the host boots.
+func farFrom(a, b uint64) bool { return max(a, b)-min(a, b) > b/1000 }
 
 // passed is the time between two snapshots, in nanoseconds.
 type passed struct {
@@ -184,12 +203,31 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 	return next, k, nil
 }
 
-// replace settles the collector that was: what it counted stays.
-func (l *Ledger) replace() {
+// replace settles the collector that was: what it counted stays. The one that is
+// loaded now began at zero, unless it has been replaced before: the module keeps
+// what it has counted while others count.
+func (l *Ledger) replace(loaded uint64) {
+	was := collector{l.kernel, maps.Clone(l.slots)}
 	clear(l.slots)
 	l.earlier = l.Totals()
 	l.counted += l.kernel.counted
 	l.kernel = kernel{}
+	if i := slices.IndexFunc(l.past, func(c collector) bool { return c.kernel.loaded == loaded }); i >= 0 && loaded != was.kernel.loaded {
+		back := l.past[i]
+		l.past = slices.Delete(l.past, i, i+1)
+		l.kernel = back.kernel
+		maps.Copy(l.slots, back.slots)
+		l.earlier.Exits -= back.kernel.exits
+		l.earlier.Unattributed -= back.kernel.unattributed + back.kernel.refused
+		l.earlier.Missed -= back.kernel.missed()
+		l.counted -= back.kernel.counted
+	}
+	if was.kernel.loaded != 0 {
+		l.past = append(l.past, was)
+	}
+	if len(l.past) > maxPast {
+		l.past = slices.Delete(l.past, 0, 1)
+	}
 }
 
 func (l *Ledger) process(s *snapshot.Slot) *process {

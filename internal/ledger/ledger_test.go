@@ -383,6 +383,56 @@ func TestApply(t *testing.T) {
 	}
 }
 
+// TestReturn is a collector that others have counted in place of meanwhile, and
+// that has kept what it counted, in slots or in the sum of those released.
+func TestReturn(t *testing.T) {
+	module := func(released, counted uint64, slots ...snapshot.Slot) snapshot.Snapshot {
+		return snapshot.Snapshot{TickHz: 1e9, Loaded: 1, Released: released, Unattributed: 3, Refused: 2, Counted: counted, Slots: slots}
+	}
+	before, after := slot(1, 1, 1000), slot(2, 1, 50)
+	for name, back := range map[string]snapshot.Snapshot{
+		"released":     module(1000, 11*second, after),
+		"not released": module(0, 11*second, retired(before), after),
+	} {
+		for _, stops := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, stops between: %t", name, stops), func(t *testing.T) {
+				l := New(forever)
+				restart := func() {
+					l.Reopen()
+					if stops {
+						var err error
+						if l, err = Restore(forever, records(stored(t, l.State()))); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				apply(t, l, 10*second, module(0, 9*second, before))
+				apply(t, l, 11*second, module(0, 10*second, retired(before)))
+				for i := range uint64(maxPast) {
+					restart()
+					apply(t, l, (12+i)*second, snapshot.Snapshot{TickHz: 25e8, Loaded: 2 + i, Counted: second, Slots: []snapshot.Slot{slot(1, uint32(2+i), 10)}})
+				}
+				restart()
+				apply(t, l, 20*second, back)
+				const others = 10 * maxPast
+				want := Totals{Exits: 1055 + others, Attributed: 1050 + others, Unattributed: 5}
+				if diff := cmp.Diff(want, l.Totals()); diff != "" {
+					t.Errorf("(-want +got):\n%s", diff)
+				}
+				v := l.View()
+				if v.Counted != (11+maxPast)*second {
+					t.Errorf("%d ns counted", v.Counted)
+				}
+				// In ticks of the first, of which the others have 2.5.
+				total := v.Processes[before.Process.InProc()]
+				if got, want := total.VCPUs[0].Times, (snapshot.Times{Guest: 1_000_000 + 1000*others*2/5, KVM: 10_000 + 10*others*2/5}); got != want {
+					t.Errorf("times %+v, want %+v", got, want)
+				}
+			})
+		}
+	}
+}
+
 func TestExpire(t *testing.T) {
 	l := New(Retention{Age: 10 * time.Second, Count: 2})
 	slots := make([]snapshot.Slot, 6)

@@ -8,6 +8,7 @@ import (
 	"iter"
 	"maps"
 	"math"
+	"slices"
 
 	"virtexit/internal/exitreason"
 	"virtexit/internal/snapshot"
@@ -19,6 +20,7 @@ type State struct {
 	head      Head
 	processes []process
 	slots     map[use]known
+	past      []collector
 }
 
 // Record is a part of a State, to be stored. Exactly one of its fields is set.
@@ -30,19 +32,23 @@ type Record struct {
 
 // Head is the record that comes first.
 type Head struct {
-	Time      uint64    `json:"time"` // of the latest snapshot: nanoseconds of CLOCK_BOOTTIME
-	TickHz    uint64    `json:"tick_hz"`
-	Counted   uint64    `json:"counted"` // nanoseconds, by earlier collectors
-	Forgotten uint64    `json:"forgotten"`
-	Earlier   [4]uint64 `json:"earlier"` // the fields of Totals
-	Collector struct {
-		Loaded       uint64 `json:"loaded"`
-		Counted      uint64 `json:"counted"`
-		Unattributed uint64 `json:"unattributed"`
-		Refused      uint64 `json:"refused"`
-		Released     uint64 `json:"released"`
-		Gone         uint64 `json:"gone"`
-	} `json:"collector"`
+	Time      uint64            `json:"time"` // of the latest snapshot: nanoseconds of CLOCK_BOOTTIME
+	TickHz    uint64            `json:"tick_hz"`
+	Counted   uint64            `json:"counted"` // nanoseconds, by earlier collectors
+	Forgotten uint64            `json:"forgotten"`
+	Earlier   [4]uint64         `json:"earlier"` // the fields of Totals
+	Collector CollectorRecord   `json:"collector"`
+	Past      []CollectorRecord `json:"past,omitempty"` // of the earlier ones, those that may come back
+}
+
+// CollectorRecord is a collector as it was last seen, but for its slots.
+type CollectorRecord struct {
+	Loaded       uint64 `json:"loaded"`
+	Counted      uint64 `json:"counted"`
+	Unattributed uint64 `json:"unattributed"`
+	Refused      uint64 `json:"refused"`
+	Released     uint64 `json:"released"`
+	Gone         uint64 `json:"gone"`
 }
 
 // ProcessRecord is a process with all that it has counted.
@@ -63,6 +69,7 @@ type ProcessRecord struct {
 // SlotRecord is a slot as it was last seen: what it has counted is in its process.
 // If it is retired, that is all there is to know.
 type SlotRecord struct {
+	Loaded     uint64     `json:"loaded,omitempty"` // of the past collector that it is of
 	Index      uint32     `json:"index"`
 	Generation uint32     `json:"generation"`
 	Since      uint64     `json:"since"`
@@ -88,9 +95,12 @@ func (l *Ledger) State() *State {
 		},
 		processes: make([]process, 0, len(l.processes)),
 		slots:     maps.Clone(l.slots),
+		past:      slices.Clone(l.past), // whose slots do not change
 	}
-	c, k := &s.head.Collector, l.kernel
-	c.Loaded, c.Counted, c.Unattributed, c.Refused, c.Released, c.Gone = k.loaded, k.counted, k.unattributed, k.refused, k.released, k.gone
+	s.head.Collector = l.kernel.record()
+	for _, c := range l.past {
+		s.head.Past = append(s.head.Past, c.kernel.record())
+	}
 	for _, p := range l.processes {
 		s.processes = append(s.processes, process{total: p.total})
 	}
@@ -108,11 +118,26 @@ func (s *State) Records() iter.Seq[Record] {
 				return
 			}
 		}
-		for u, k := range s.slots {
-			if !yield(Record{Slot: k.record(u)}) {
-				return
+		for _, c := range append(s.past, collector{slots: s.slots}) {
+			for u, k := range c.slots {
+				r := k.record(u)
+				r.Loaded = c.kernel.loaded
+				if !yield(Record{Slot: r}) {
+					return
+				}
 			}
 		}
+	}
+}
+
+func (k kernel) record() CollectorRecord {
+	return CollectorRecord{k.loaded, k.counted, k.unattributed, k.refused, k.released, k.gone}
+}
+
+func (c CollectorRecord) kernel() kernel {
+	return kernel{
+		loaded: c.Loaded, counted: c.Counted, unattributed: c.Unattributed, refused: c.Refused, released: c.Released, gone: c.Gone,
+		exits: c.Unattributed + c.Refused + c.Released,
 	}
 }
 
@@ -169,8 +194,8 @@ func Restore(keep Retention, records iter.Seq2[Record, error]) (*Ledger, error) 
 	switch {
 	case !begun:
 		return nil, errors.New("no ledger in it")
-	case l.kernel.gone > l.kernel.released:
-		return nil, fmt.Errorf("%w: %d exits gone of %d released", ErrInconsistent, l.kernel.gone, l.kernel.released)
+	case slices.ContainsFunc(append(l.past, collector{kernel: l.kernel}), func(c collector) bool { return c.kernel.gone > c.kernel.released }):
+		return nil, fmt.Errorf("%w: more exits are gone than were released", ErrInconsistent)
 	case l.tickHz == 0 && len(l.processes) > 0:
 		return nil, errors.New("tick_hz is 0")
 	}
@@ -178,12 +203,11 @@ func Restore(keep Retention, records iter.Seq2[Record, error]) (*Ledger, error) 
 }
 
 func (l *Ledger) restore(h *Head) {
-	c := &h.Collector
 	l.now, l.tickHz, l.counted, l.forgotten, l.reopened = h.Time, h.TickHz, h.Counted, h.Forgotten, true
 	l.earlier = Totals{h.Earlier[0], h.Earlier[1], h.Earlier[2], h.Earlier[3]}
-	l.kernel = kernel{
-		loaded: c.Loaded, counted: c.Counted, unattributed: c.Unattributed, refused: c.Refused, released: c.Released, gone: c.Gone,
-		exits: c.Unattributed + c.Refused + c.Released,
+	l.kernel = h.Collector.kernel()
+	for _, c := range h.Past {
+		l.past = append(l.past, collector{c.kernel(), make(map[use]known)})
 	}
 }
 
@@ -221,18 +245,26 @@ func (l *Ledger) restoreProcess(r *ProcessRecord) error {
 
 func (l *Ledger) restoreSlot(r *SlotRecord) error {
 	u := use{snapshot.SlotID{Index: r.Index, Generation: r.Generation}, r.Since}
-	if _, ok := l.slots[u]; ok {
+	k, slots := &l.kernel, l.slots
+	if r.Loaded != 0 {
+		i := slices.IndexFunc(l.past, func(c collector) bool { return c.kernel.loaded == r.Loaded })
+		if i < 0 {
+			return fmt.Errorf("slot %d: collector %d is not known", r.Index, r.Loaded)
+		}
+		k, slots = &l.past[i].kernel, l.past[i].slots
+	}
+	if _, ok := slots[u]; ok {
 		return fmt.Errorf("slot %d appears twice", r.Index)
 	}
 	s, err := r.slot(u)
 	if err != nil {
 		return fmt.Errorf("slot %d: %w", r.Index, err)
 	}
-	if !s.Retired && l.processes[s.Process.InProc()] == nil {
+	if r.Loaded == 0 && !s.Retired && l.processes[s.Process.InProc()] == nil {
 		return fmt.Errorf("slot %d: process %d is not known", r.Index, r.TGID)
 	}
-	l.slots[u] = known{s, r.Exits}
-	l.kernel.exits += r.Exits
+	slots[u] = known{s, r.Exits}
+	k.exits += r.Exits
 	return nil
 }
 
@@ -263,7 +295,8 @@ func (r *SlotRecord) slot(u use) (*snapshot.Slot, error) {
 // that was the latest then was taken at time at by the clock of today, on which
 // that is negative: it wraps around, as will the times of all that was before.
 func (l *Ledger) Reboot(at uint64) {
-	l.replace()
+	l.replace(0)
+	l.past = nil
 	shift := at - l.now
 	l.now = at
 	old := l.processes

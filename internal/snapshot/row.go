@@ -178,11 +178,14 @@ func bucket(i int) (lower, upper uint64) {
 
 // NS converts ticks of a clock that runs at hz to nanoseconds: the whole
 // nanoseconds that have passed. 584 years and more are math.MaxUint64.
-func NS(ticks, hz uint64) uint64 {
-	hi, lo := bits.Mul64(ticks, 1e9)
-	if hi >= hz {
+func NS(ticks, hz uint64) uint64 { return convert(ticks, hz, 1e9) }
+
+// convert converts ticks of one clock to those of another.
+func convert(ticks, from, to uint64) uint64 {
+	hi, lo := bits.Mul64(ticks, to)
+	if hi >= from {
 		return math.MaxUint64
 	}
-	ns, _ := bits.Div64(hi, lo, hz)
-	return ns
+	n, _ := bits.Div64(hi, lo, from)
+	return n
 }
