@@ -26,7 +26,7 @@ type Status struct {
 	Collection string  `json:"collection"`        // "on", "off"
 	Level      string  `json:"level"`             // in force: "off", "pause", "count", "time", "recent"; some domains may have one of their own
 	Collector  *string `json:"collector"`         // "kmod", "ebpf", "kvmstats", "replay"; null when there is none
-	Tried      []Tried `json:"tried,omitempty"`   // collectors that were tried before it, in this order
+	Tried      []Tried `json:"tried,omitempty"`   // collectors that were tried and not taken, the best first
 	Problem    string  `json:"problem,omitempty"` // why nothing is collected, in a sentence
 	Module     string  `json:"module,omitempty"`  // version of the collector
 	Hook       string  `json:"hook"`              // "none", "tracepoint", "patch"

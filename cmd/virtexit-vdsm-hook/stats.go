@@ -65,7 +65,7 @@ type hostExits struct {
 	Level      string  `json:"level"`      // in force: as api.Status.Level
 	Collector  *string `json:"collector"`  // null when there is none
 	Hook       string  `json:"hook"`       // "none", "tracepoint", "patch"
-	ISA        string  `json:"isa"`        // "vmx", "svm", "pvm", "none"; "isa" and KVM's number of another
+	ISA        string  `json:"isa"`        // as api.Status.ISA
 	Problem    *string `json:"problem"`    // why nothing is collected; null when all is well
 }
 

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"virtexit/api"
 	"virtexit/internal/snapshot"
@@ -27,10 +28,13 @@ type collectors struct {
 	played     bool
 	bpf        *ebpf.Collector // keeps what it has counted; nil: not needed so far
 
-	taken  string // the one that open returned
-	source source.Source
-	mu     sync.Mutex
-	tried  []api.Tried
+	choices []choice // that the configuration allows, the best first
+	taken   string   // the one that open returned
+	source  source.Source
+	left    map[string]time.Time // when one was, that could not go on
+
+	mu    sync.Mutex
+	tried []api.Tried
 }
 
 // choice is a collector that may be taken.
@@ -39,14 +43,19 @@ type choice struct {
 	open       func() (source.Source, error)
 }
 
-// choices are those that the configuration allows, the best first.
-func (c *collectors) choices() []choice {
-	all := []choice{
+// rest is for how long a collector is not taken that could not go on: it may seem
+// usable until it is to count.
+const rest = time.Minute
+
+func newCollectors(config config, libvirt func() vmmap.LibvirtStatus, statistics kvmstats.Options) *collectors {
+	c := &collectors{config: config, libvirt: libvirt, statistics: statistics, left: make(map[string]time.Time)}
+	c.choices = []choice{
 		{"kmod", "an exit costs a fraction of what it costs with others, and counts outlive virtexitd", openModule},
 		{"ebpf", "exits by reason, and where the time goes", c.openBPF},
 		{"kvmstats", "how many exits each vCPU takes", c.openStatistics},
 	}
-	return slices.DeleteFunc(all, func(o choice) bool { return c.config.collector != "auto" && c.config.collector != o.name })
+	c.choices = slices.DeleteFunc(c.choices, func(o choice) bool { return config.collector != "auto" && config.collector != o.name })
+	return c
 }
 
 func (o choice) refused(err error) api.Tried {
@@ -59,15 +68,27 @@ func (o choice) usable() (source.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = src.SetLevel(snapshot.Pause) // at which it looks at KVM
-	info, err2 := src.Info()
-	if err = errors.Join(err, err2, src.SetLevel(snapshot.Off)); err == nil && info.Refused != "" {
+	info, err := look(src)
+	if err == nil && info.Refused != "" {
 		err = fmt.Errorf("KVM is not counted: %s", info.Refused)
 	}
 	if err != nil {
-		return nil, errors.Join(err, src.Close())
+		src.Close()
+		return nil, err
 	}
 	return src, nil
+}
+
+// look has a collector look at KVM.
+func look(src source.Source) (source.Info, error) {
+	if err := src.SetLevel(snapshot.Pause); err != nil {
+		return source.Info{}, err
+	}
+	info, err := src.Info()
+	if err != nil {
+		return source.Info{}, err
+	}
+	return info, src.SetLevel(snapshot.Off)
 }
 
 // open opens the best collector that is usable. Where none can count the KVM that
@@ -77,14 +98,14 @@ func (c *collectors) open() (source.Source, error) {
 		return c.openReplay()
 	}
 	var tried []api.Tried
-	for _, o := range c.choices() {
-		src, err := o.usable()
+	for _, o := range c.choices {
+		src, err := c.try(o)
 		if err == nil {
 			return c.take(o, src, tried), nil
 		}
 		tried = append(tried, o.refused(err))
 	}
-	for i, o := range c.choices() {
+	for i, o := range c.choices {
 		if src, err := o.open(); err == nil {
 			return c.take(o, src, slices.Delete(tried, i, i+1)), nil
 		}
@@ -97,8 +118,16 @@ func (c *collectors) open() (source.Source, error) {
 	return nil, errors.New(strings.Join(problems, "; "))
 }
 
+// try opens a collector if it is usable.
+func (c *collectors) try(o choice) (source.Source, error) {
+	if ago := time.Since(c.left[o.name]); ago < rest {
+		return nil, fmt.Errorf("could not go on %v ago", ago.Round(time.Second))
+	}
+	return o.usable()
+}
+
 func (c *collectors) take(o choice, src source.Source, tried []api.Tried) source.Source {
-	if o.name != "ebpf" {
+	if o.name == "kmod" {
 		c.close()
 	}
 	c.taken, c.source = o.name, src
@@ -110,22 +139,27 @@ func (c *collectors) take(o choice, src source.Source, tried []api.Tried) source
 // the one in use, nor, while that counts, those that come after it.
 func (c *collectors) better() bool {
 	var tried []api.Tried
-	for _, o := range c.choices() {
+	for _, o := range c.choices {
 		if o.name == c.taken {
-			if info, err := c.source.Info(); err != nil || info.Refused == "" {
+			info, err := c.source.Info()
+			if err != nil || info.Refused == "" {
 				c.tell(tried)
 				return false
 			}
+			tried = append(tried, o.refused(errors.New(info.Refused)))
 			continue
 		}
-		src, err := o.usable()
+		src, err := c.try(o)
 		if err == nil {
 			src.Close()
+			if slices.ContainsFunc(tried, func(t api.Tried) bool { return t.Collector == c.taken }) {
+				c.left[c.taken] = time.Now()
+			}
 			return true
 		}
 		tried = append(tried, o.refused(err))
 	}
-	c.tell(tried)
+	c.tell(slices.DeleteFunc(tried, func(t api.Tried) bool { return t.Collector == c.taken }))
 	return false
 }
 

@@ -110,6 +110,10 @@ func TestService(t *testing.T) {
 		t.Errorf("socket has mode %v", info.Mode())
 	}
 	s, err := client.New(socket).Status(ctx)
+	for i := 0; i < 1000 && err == nil && s.Problem == "starting"; i++ {
+		time.Sleep(10 * time.Millisecond)
+		s, err = client.New(socket).Status(ctx)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -154,12 +154,14 @@ func (d *Daemon) Run(ctx context.Context) {
 		others.Go(func() { d.config.Libvirt.Run(ctx) }) // ends with ctx and for no other reason
 	}
 	for ctx.Err() == nil {
-		if src, err := d.config.Open(); err != nil {
-			d.fail(err)
-		} else {
-			d.fail(d.collect(ctx, src))
+		src, err := d.config.Open()
+		if err == nil {
+			err = d.collect(ctx, src)
 		}
-		wait(ctx, retryEvery)
+		if err != nil {
+			d.fail(err)
+			wait(ctx, retryEvery)
+		}
 	}
 }
 
@@ -244,11 +246,18 @@ func (d *Daemon) attach(src source.Source) error {
 // one is to do stays as wished.
 func (d *Daemon) handOver() {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	level := d.wish.level
 	d.end()
-	d.wish.level = level
+	d.mu.Unlock()
+	if d.store != nil {
+		d.save() // and give its slots back
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.source, d.problem = nil, source.ErrGone
+	if d.wish.level == snapshot.Off { // as end has left it
+		d.wish.level = level
+	}
 }
 
 // end has the collector stop, and takes all that it has counted.
@@ -269,9 +278,6 @@ func (d *Daemon) detach() {
 
 // fail remembers and logs why there is no collector.
 func (d *Daemon) fail(err error) {
-	if err == nil {
-		return
-	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.problem == nil || d.problem.Error() != err.Error() {

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -823,31 +824,37 @@ func TestModuleComesAndGoes(t *testing.T) {
 // A better collector is gone over to when it comes, and nothing is lost.
 func TestBetter(t *testing.T) {
 	var h *host
-	came, opened := false, 0
+	var came atomic.Bool
+	var opened atomic.Int32
 	run(t, func(c *Config) {
 		h = c.Identities.(*host)
-		c.Better = func() bool { return came }
+		c.Interval = 1500 * time.Millisecond // none ends when a better one is looked for
+		c.Better = func() bool { return came.Load() }
 		c.Open = func() (source.Source, error) {
-			if opened++; came {
+			opened.Add(1)
+			if came.Swap(false) {
+				h.mu.Lock()
 				if h.level != snapshot.Off {
 					t.Errorf("the one before still collects, at level %v", h.level)
 				}
 				h.snap = snapshot.Snapshot{TickHz: tickHz}
-				came = false
+				h.mu.Unlock()
 			}
 			return h.Open()
 		}
 	}, func(t *testing.T, h *host, d *Daemon) {
+		h.exits(1, 0, 0x72, 3)
 		pass(betterEvery - 100*time.Millisecond)
 		h.exits(1, 0, 0x72, 10) // after the last period before
-		h.mu.Lock()
-		came = true
-		h.mu.Unlock()
-		pass(100*time.Millisecond + retryEvery)
+		came.Store(true)
+		pass(100 * time.Millisecond)
+		if s := d.Status(); s.Problem != "" || s.Level != "time" || s.Exits != 13 || opened.Load() != 2 {
+			t.Errorf("opened %d times: %+v", opened.Load(), s)
+		}
 		h.exits(1, 0, 0x72, 5)
 		pass(3 * betterEvery)
-		if s := d.Status(); s.Problem != "" || s.Level != "time" || s.Exits != 15 || s.Missed != 0 || opened != 2 {
-			t.Errorf("opened %d times: %+v", opened, s)
+		if s := d.Status(); s.Problem != "" || s.Level != "time" || s.Exits != 18 || s.Missed != 0 || opened.Load() != 2 {
+			t.Errorf("opened %d times: %+v", opened.Load(), s)
 		}
 	})
 }

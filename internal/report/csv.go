@@ -125,7 +125,7 @@ func statusCSV(w io.Writer, s api.Status) error {
 		tried = append(tried, t.Collector+": "+t.Refused)
 	}
 	return csv.NewWriter(w).WriteAll([][]string{
-		{"collection", "level", "duty_on_ns", "duty_every_ns", "collector", "refused", "problem", "module", "hook", "hook_cycles", "kernel", "isa",
+		{"collection", "level", "duty_on_ns", "duty_every_ns", "collector", "tried", "problem", "module", "hook", "hook_cycles", "kernel", "isa",
 			"slots_live", "slots_retired", "slots_backed", "slots_max", "exits", "unattributed", "missed", "totals_since", "observed_ns",
 			"libvirt_connected", "libvirt_uri", "libvirt_error", "version", "since", "cpu_total_pct", "cpu_latest_pct"},
 		values(s.Collection, s.Level, on, every, s.Collector, strings.Join(tried, "; "), s.Problem, s.Module, s.Hook, s.HookCycles, s.Kernel, s.ISA,

@@ -54,6 +54,10 @@ func Open() (*Source, error) {
 }
 
 func (s *Source) open() error {
+	// Asked for a family that there is not, the kernel starts a modprobe.
+	if _, err := os.Stat("/sys/module/virtexit"); errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w: no module virtexit", source.ErrUnavailable)
+	}
 	var err error
 	if s.command, err = dial(); err != nil {
 		return err
