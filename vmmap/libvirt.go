@@ -201,12 +201,13 @@ func (r *reader) again() {
 	r.exits.Store(&e)
 }
 
-// end stores a reading, unless a later one has been.
+// end stores a reading, unless it was begun before the last one ended: what it
+// says of a domain may be older than what that one said.
 func (r *reader) end(e Exits) {
 	r.busy--
 	r.ready = time.After(min(max(rest, e.Ended.Sub(e.Begun)), patience))
 	last := r.exits.Load()
-	if e.Begun.Before(last.Begun) {
+	if e.Begun.Before(last.Ended) {
 		return
 	}
 	if e.Err != nil {

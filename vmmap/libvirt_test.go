@@ -18,13 +18,13 @@ type script struct {
 	changes chan struct{}
 	end     chan error
 	closed  bool
-	reads   chan map[Run]map[int]uint64 // exits waits for one; nil, it fails
+	reads   chan chan map[Run]map[int]uint64 // each call of exits waits for its answer; nil, it fails
 }
 
 var errList, errExits = errors.New("list failed"), errors.New("exits failed")
 
 func newScript() *script {
-	return &script{lists: make(chan []record, 9), changes: make(chan struct{}), end: make(chan error), reads: make(chan map[Run]map[int]uint64)}
+	return &script{lists: make(chan []record, 9), changes: make(chan struct{}), end: make(chan error), reads: make(chan chan map[Run]map[int]uint64, 9)}
 }
 
 func (s *script) list() ([]record, error) {
@@ -35,7 +35,9 @@ func (s *script) list() ([]record, error) {
 	return r, nil
 }
 func (s *script) exits() (map[Run]map[int]uint64, error) {
-	if r := <-s.reads; r != nil {
+	answer := make(chan map[Run]map[int]uint64)
+	s.reads <- answer
+	if r := <-answer; r != nil {
 		return r, nil
 	}
 	return nil, errExits
@@ -182,7 +184,10 @@ func TestExits(t *testing.T) {
 				t.Errorf("%s: %+v, want %d exits and error %q", what, e, exits, err)
 			}
 		}
-		tell := func(exits uint64) { s.reads <- map[Run]map[int]uint64{{"u", 1}: {0: exits}} }
+		answer := func(reading chan map[Run]map[int]uint64, exits uint64) {
+			reading <- map[Run]map[int]uint64{{"u", 1}: {0: exits}}
+		}
+		tell := func(exits uint64) { answer(<-s.reads, exits) }
 		expect("nothing is known of a connection that does not list yet", 0, "not connected yet")
 		s.lists <- nil
 		expect("nothing was read", 0, "")
@@ -190,30 +195,41 @@ func TestExits(t *testing.T) {
 		expect("read", 5, "")
 		synctest.Wait()
 		select {
-		case s.reads <- nil:
+		case <-s.reads:
 			t.Error("read again at once")
 		default:
 		}
 		time.Sleep(rest)
-		s.reads <- nil
+		<-s.reads <- nil
 		expect("the last reading stays when the next one fails", 5, "exits failed")
 		time.Sleep(rest)
 		expect("still", 5, "exits failed")
 		tell(6)
 		expect("read again", 6, "")
 
-		// The first of three readings hangs, and is passed by.
+		// A reading hangs, and is passed by. Of two that overlap the one that ends
+		// first stays.
 		time.Sleep(rest)
-		synctest.Wait() // it is asked for, and begun
 		expect("late", 6, "")
+		first := <-s.reads
 		time.Sleep(patience)
-		synctest.Wait() // the second has begun
-		tell(7)
-		tell(8) // whichever is whose
-		synctest.Wait()
-		if e := l.Exits(); e.Runs[Run{"u", 1}][0] < 7 || e.Err != nil {
-			t.Errorf("%+v", e)
-		}
+		second := <-s.reads
+		time.Sleep(1)
+		answer(first, 8)
+		expect("the one begun first", 8, "")
+		time.Sleep(1)
+		answer(second, 7)
+		expect("the one begun second", 8, "")
+		time.Sleep(patience)
+		expect("asked", 8, "")
+		first = <-s.reads
+		time.Sleep(patience)
+		tell(9)
+		expect("the one begun second ends first", 9, "")
+		time.Sleep(1)
+		answer(first, 8)
+		expect("the one begun first ends second", 9, "")
+		time.Sleep(patience)
 		for range readers + 2 { // one that took long is followed by a rest
 			l.Exits()
 			time.Sleep(rest + patience)
@@ -232,7 +248,7 @@ func TestExits(t *testing.T) {
 			t.Error("closed while there are calls")
 		}
 		for range readers {
-			tell(9)
+			tell(10)
 		}
 		synctest.Wait()
 		if !s.closed {
@@ -243,6 +259,6 @@ func TestExits(t *testing.T) {
 		}
 		s.lists <- nil
 		time.Sleep(firstRetry)
-		close(s.reads)
+		<-s.reads <- nil // which was asked for before
 	})
 }
