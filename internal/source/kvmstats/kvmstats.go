@@ -295,16 +295,13 @@ func (s *Source) take(t thread, number int) bool {
 // of its exits are.
 func (s *Source) whole(p snapshot.Process) bool { return p.Start >= s.boot(s.began) }
 
-// enter adds what KVM has counted since it was last told.
+// enter adds what KVM has counted since it was last told. A count that went back
+// is one to begin with: fewer exits than there were do no harm.
 func (s *Source) enter(slot *slot, exits uint64) {
 	v := vcpu{slot.Process, slot.VCPU}
 	before, known := s.told[v]
 	s.told[v] = exits
-	switch {
-	case s.levelOf(slot.Process) < snapshot.Count, !known && !s.whole(slot.Process):
-	case exits < before: // KVM made the vCPU anew
-		slot.exits += exits
-	default:
+	if s.levelOf(slot.Process) == snapshot.Count && (known || s.whole(slot.Process)) && exits > before {
 		slot.exits += exits - before
 	}
 }

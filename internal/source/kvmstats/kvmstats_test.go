@@ -316,7 +316,9 @@ func TestCounts(t *testing.T) {
 				h.t.Errorf("since %d", s.Slots[2].Since)
 			}
 			h.read(1, 8, 2)
-			h.expect("made anew", 8, -6, 6)
+			h.expect("went back", 8, -6, 4)
+			h.read(1, 8, 5)
+			h.expect("goes on", 8, -6, 7)
 		},
 		"nothing is told for a while": func(h *host) { // another job is busy with it
 			h.level(snapshot.Count)
