@@ -115,7 +115,7 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 	libvirt := vmmap.NewLibvirt(c.libvirtURI)
 	guests := vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now})
 	collectors := newCollectors(c, libvirt.Status, kvmstats.Options{
-		Version: version, Exits: libvirt.Exits, Domains: guests.Domains, Thread: guests.Thread, BootTime: bootTime,
+		Root: "/", Version: version, Exits: libvirt.Exits, Domains: guests.Domains, Thread: guests.Thread, BootTime: bootTime,
 	})
 	d := daemon.New(daemon.Config{
 		Open:          collectors.open,

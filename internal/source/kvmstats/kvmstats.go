@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -23,13 +24,18 @@ import (
 // ErrCount says that more is asked for than is there.
 var ErrCount = errors.New("the collector kvmstats counts exits and knows neither their time nor the latest ones")
 
-const untold = "libvirt tells no exits of any domain: that takes QEMU 7.1 and libvirt 8.9, or later, and KVM"
+// Why nothing is counted.
+const (
+	untold   = "libvirt tells no exits of any domain: that takes QEMU 7.1 and libvirt 8.9, or later, and KVM"
+	unusable = "kvm is loaded without a vendor module (such as kvm_amd, kvm_intel)"
+)
 
 // seek is how often it is asked who a run is.
 const seek = time.Second
 
 // Options are what a Source is made of.
 type Options struct {
+	Root     string // of the file system: /sys is there
 	Version  string
 	Exits    func() vmmap.Exits    // the latest reading, at once; it asks for the next one
 	Domains  func() []vmmap.Domain // that run
@@ -100,15 +106,23 @@ func (s *Source) Info() (source.Info, error) {
 		return source.Info{}, err
 	}
 	defer s.mu.Unlock()
-	_, err := os.Stat("/sys/module/kvm")
 	i := source.Info{
-		Collector: "kvmstats", Version: s.options.Version, Hook: "none", Level: s.level, KVM: err == nil, Refused: s.refused,
+		Collector: "kvmstats", Version: s.options.Version, Hook: "none", Level: s.level, KVM: s.has("module/kvm"),
 		SlotsBacked: len(s.slots), SlotsLive: len(s.live), SlotsRetired: len(s.slots) - len(s.live),
 	}
-	if s.level != snapshot.Off {
-		i.Leases = 1
+	if s.level == snapshot.Off {
+		return i, nil
+	}
+	i.Leases, i.Refused = 1, s.refused
+	if i.KVM && !s.has("class/misc/kvm") { // no guest may run, so libvirt tells of none
+		i.Refused = unusable
 	}
 	return i, nil
+}
+
+func (s *Source) has(name string) bool {
+	_, err := os.Stat(filepath.Join(s.options.Root, "sys", name))
+	return err == nil
 }
 
 // SetLevel counts at any level above Pause: that is all there is.

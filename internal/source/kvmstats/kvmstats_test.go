@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,7 @@ const uuid = "748feb9d-7a2a-465d-aa23-9813c9bfb950"
 // host is one that boots when the test begins. Its readings take no time.
 type host struct {
 	t       *testing.T
+	root    string
 	booted  time.Time
 	reading vmmap.Exits
 	asked   int
@@ -36,9 +38,15 @@ type host struct {
 }
 
 func newHost(t *testing.T) *host {
-	h := &host{t: t, booted: time.Now(), threads: map[int]uint64{}}
+	h := &host{t: t, root: t.TempDir(), booted: time.Now(), threads: map[int]uint64{}}
 	h.sleep(100)
+	for _, name := range []string{"module/kvm", "class/misc/kvm"} {
+		if err := os.MkdirAll(h.sys(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
 	h.source = New(Options{
+		Root:    h.root,
 		Version: "1",
 		Exits:   func() vmmap.Exits { h.asked++; return h.reading },
 		Domains: func() []vmmap.Domain { return h.domains },
@@ -52,6 +60,16 @@ func newHost(t *testing.T) *host {
 		BootTime: func() time.Duration { return time.Since(h.booted) },
 	})
 	return h
+}
+
+func (h *host) sys(name string) string { return filepath.Join(h.root, "sys", name) }
+
+// remove unloads what makes this file.
+func (h *host) remove(name string) {
+	h.t.Helper()
+	if err := os.Remove(h.sys(name)); err != nil {
+		h.t.Fatal(err)
+	}
 }
 
 func (h *host) now() uint64 { return uint64(time.Since(h.booted)) }
@@ -356,6 +374,7 @@ func TestCounts(t *testing.T) {
 func TestRefused(t *testing.T) {
 	each(t, map[string]func(*host){
 		"told of nothing": func(h *host) {
+			h.level(snapshot.Pause)
 			h.read(1)
 			h.snapshot()
 			if i := h.info(); i.Refused != untold {
@@ -370,6 +389,7 @@ func TestRefused(t *testing.T) {
 			}
 		},
 		"no domain": func(h *host) {
+			h.level(snapshot.Pause)
 			h.reading.Runs = map[vmmap.Run]map[int]uint64{}
 			h.snapshot()
 			if i := h.info(); i.Refused != "" {
@@ -378,9 +398,24 @@ func TestRefused(t *testing.T) {
 		},
 		"no libvirt": func(h *host) {
 			h.reading.Err = errors.New("no answer for 5s")
-			h.snapshot()
+			h.level(snapshot.Pause)
 			if i := h.info(); i.Refused != "libvirt: no answer for 5s" {
 				h.t.Errorf("%+v", i)
+			}
+			h.level(snapshot.Off)
+			if i := h.info(); i.Refused != "" {
+				h.t.Errorf("off: %+v", i)
+			}
+		},
+		"no vendor module": func(h *host) {
+			h.level(snapshot.Pause)
+			h.remove("class/misc/kvm")
+			if i := h.info(); !i.KVM || i.Refused != unusable {
+				h.t.Errorf("%+v", i)
+			}
+			h.remove("module/kvm")
+			if i := h.info(); i.KVM || i.Refused != "" {
+				h.t.Errorf("no KVM: %+v", i)
 			}
 		},
 	})
