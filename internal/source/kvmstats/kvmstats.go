@@ -186,13 +186,15 @@ func (s *Source) levelOf(p snapshot.Process) snapshot.Level {
 // Recent fails: no exit is logged.
 func (s *Source) Recent(snapshot.SlotID, uint64) ([]snapshot.Exit, error) { return nil, ErrCount }
 
-// Snapshot is of the latest reading, and asks for the next one.
+// Snapshot is of the latest reading, and asks for the next one unless it is off.
 func (s *Source) Snapshot() (*snapshot.Snapshot, error) {
 	if err := s.lock(); err != nil {
 		return nil, err
 	}
 	defer s.mu.Unlock()
-	s.read()
+	if s.level != snapshot.Off {
+		s.read()
+	}
 	snap := &snapshot.Snapshot{
 		TickHz: uint64(time.Second), Loaded: s.loaded, Counted: uint64(s.counted), Released: s.released,
 		Slots: make([]snapshot.Slot, len(s.slots)),

@@ -230,7 +230,11 @@ func TestCounts(t *testing.T) {
 			h.read(1, 8)
 			h.level(snapshot.Off)
 			h.read(1, 100)
+			asked := h.asked
 			s := h.expect("off", -8)
+			if h.asked != asked {
+				h.t.Error("libvirt is asked")
+			}
 			if i := h.info(); i.Level != snapshot.Off || i.SlotsLive != 0 || i.SlotsRetired != 1 || i.Leases != 0 {
 				h.t.Errorf("%+v", i)
 			}
