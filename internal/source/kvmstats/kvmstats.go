@@ -21,7 +21,7 @@ import (
 	"virtexit/vmmap"
 )
 
-// ErrCount says that more is asked for than is there.
+// ErrCount says why there is no log.
 var ErrCount = errors.New("the collector kvmstats counts exits and knows neither their time nor the latest ones")
 
 // Why nothing is counted.
@@ -150,7 +150,8 @@ func (s *Source) SetLevel(level snapshot.Level) error {
 	return nil
 }
 
-// SetProcessLevel can do no more than SetLevel, and says so.
+// SetProcessLevel counts at any level above Pause, as SetLevel does: the wish may
+// have been made of another collector.
 func (s *Source) SetProcessLevel(p snapshot.Process, level *snapshot.Level) error {
 	if err := s.lock(); err != nil {
 		return err
@@ -164,14 +165,12 @@ func (s *Source) SetProcessLevel(p snapshot.Process, level *snapshot.Level) erro
 		delete(s.wishes, p)
 	case *level < snapshot.Pause:
 		return fmt.Errorf("level of process %d: %v is none", p.TGID, *level)
-	case *level > snapshot.Count:
-		return fmt.Errorf("level of process %d: %w", p.TGID, ErrCount)
 	default:
 		s.read()
 		if s.wishes == nil {
 			s.wishes = make(map[snapshot.Process]snapshot.Level)
 		}
-		s.wishes[p] = *level
+		s.wishes[p] = min(*level, snapshot.Count)
 	}
 	return nil
 }

@@ -282,6 +282,18 @@ func TestCounts(t *testing.T) {
 			h.read(1, 53)
 			h.expect("resumed", 8)
 		},
+		"more than is there is wished for": func(h *host) { // once, of another collector
+			h.level(snapshot.Count)
+			h.start(1, 7, 70)
+			recent := snapshot.Recent
+			if err := h.source.SetProcessLevel(snapshot.Process{TGID: 7, Start: h.now()}, &recent); err != nil {
+				h.t.Fatal(err)
+			}
+			h.read(1, 5)
+			if s := h.expect("counted", 5); s.Slots[0].Level != snapshot.Count {
+				h.t.Errorf("%+v", s)
+			}
+		},
 		"ended": func(h *host) {
 			h.level(snapshot.Count)
 			h.start(1, 7, 70)
@@ -478,8 +490,6 @@ func TestSetProcessLevel(t *testing.T) {
 		{"count", snapshot.Count, snapshot.Count, ""},
 		{"pause", snapshot.Count, snapshot.Pause, ""},
 		{"none", snapshot.Count, snapshot.Off, "level of process 7: off is none"},
-		{"time", snapshot.Time, snapshot.Time, "level of process 7: " + ErrCount.Error()},
-		{"recent", snapshot.Recent, snapshot.Recent, "level of process 7: " + ErrCount.Error()},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
