@@ -341,15 +341,24 @@ func (s *Source) Release(ids []snapshot.SlotID) error {
 		return err
 	}
 	defer s.mu.Unlock()
-	for _, id := range ids {
-		i := slices.IndexFunc(s.slots, func(slot *slot) bool { return slot.ID == id && slot.Retired })
-		if i < 0 {
-			return fmt.Errorf("release: %w: slot %d, generation %d", source.ErrStale, id.Index, id.Generation)
+	retired := make(map[snapshot.SlotID]*slot)
+	for _, slot := range s.slots {
+		if slot.Retired {
+			retired[slot.ID] = slot
 		}
-		s.released += s.slots[i].exits
-		s.slots = slices.Delete(s.slots, i, i+1)
 	}
-	return nil
+	var err error
+	for _, id := range ids {
+		slot := retired[id]
+		if slot == nil {
+			err = fmt.Errorf("release: %w: slot %d, generation %d", source.ErrStale, id.Index, id.Generation)
+			break
+		}
+		s.released += slot.exits
+		delete(retired, id)
+	}
+	s.slots = slices.DeleteFunc(s.slots, func(slot *slot) bool { return slot.Retired && retired[slot.ID] == nil })
+	return err
 }
 
 // Events returns the channel of events.

@@ -437,6 +437,34 @@ func TestRefused(t *testing.T) {
 	})
 }
 
+func TestRelease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.level(snapshot.Count)
+		h.start(1, 7, 70, 71, 72)
+		h.read(1, 1, 2, 4)
+		ids := make([]snapshot.SlotID, 3) // by vCPU
+		for _, slot := range h.expect("all", 1, 2, 4).Slots {
+			ids[slot.VCPU] = slot.ID
+		}
+		delete(h.domains[0].VCPUs, 70)
+		delete(h.domains[0].VCPUs, 72)
+		h.expect("unplugged", -1, 2, -4)
+		if err := h.source.Release(ids); !errors.Is(err, source.ErrStale) {
+			t.Errorf("one lives: %v", err)
+		}
+		if s := h.expect("those before it", 2, -4); s.Released != 1 {
+			t.Errorf("%+v", s)
+		}
+		if err := h.source.Release(ids[2:]); err != nil {
+			t.Error(err)
+		}
+		if s := h.expect("the last", 2); s.Released != 5 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
 func TestEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHost(t)

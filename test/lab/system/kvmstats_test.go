@@ -102,6 +102,7 @@ func TestStatistics(t *testing.T) {
 	if r := d.run("log", "early"); r.status == 0 || !strings.Contains(r.stderr, "collector kvmstats counts exits") {
 		t.Errorf("a log: %+v", r)
 	}
+	d.ok("level", "early", "default")
 
 	// A guest that hangs does not hold up the others' counts, nor libvirt a list.
 	qemu, pid := d.find("late").TGID, libvirtd(t)
