@@ -63,7 +63,7 @@ func TestLab(t *testing.T) {
 		t.Fatalf("start libvirt: %v\n%s", err, out)
 	}
 	const vmA, vmB, plain = "lab", "lab1", "plain, by hand"
-	l := NewLibvirt(labURI)
+	l := NewLibvirt(labURI, uptime)
 	m := New(Config{Libvirt: l})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})

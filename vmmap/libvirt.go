@@ -40,7 +40,7 @@ type Run struct {
 // Exits is what KVM's own statistics say, by way of libvirt and QEMU: how often
 // each vCPU has exited since it was made.
 type Exits struct {
-	Begun, Ended time.Time              // of the reading; zero when there was none
+	Begun, Ended time.Duration          // of the reading, by CLOCK_BOOTTIME; 0 when there was none
 	Runs         map[Run]map[int]uint64 // by libvirt's number of the vCPU; those that run, whether or not anything is told of them
 	Err          error                  // why there is nothing newer; nil when there may be soon
 }
@@ -68,6 +68,7 @@ type Libvirt struct {
 	uri     string
 	dial    func(uri string) (conn, error)
 	now     func() time.Time
+	boot    func() time.Duration
 	listing atomic.Pointer[listing]
 	waiting atomic.Pointer[time.Time] // since when libvirt owes an answer
 	exits   atomic.Pointer[Exits]
@@ -75,9 +76,9 @@ type Libvirt struct {
 }
 
 // NewLibvirt returns a Libvirt for the daemon at uri, such as
-// "qemu:///system". It does nothing until Run.
-func NewLibvirt(uri string) *Libvirt {
-	l := &Libvirt{uri: uri, dial: dial, now: time.Now, asked: make(chan struct{}, 1)}
+// "qemu:///system". It does nothing until Run. CLOCK_BOOTTIME is boot.
+func NewLibvirt(uri string, boot func() time.Duration) *Libvirt {
+	l := &Libvirt{uri: uri, dial: dial, now: time.Now, boot: boot, asked: make(chan struct{}, 1)}
 	l.listing.Store(&listing{err: errNotYet})
 	l.exits.Store(&Exits{})
 	return l
@@ -183,12 +184,12 @@ type reader struct {
 func (r *reader) begin() {
 	r.busy++
 	r.ask, r.ready = nil, time.After(patience)
-	go r.read(r.now(), r.conn.exits)
+	go r.read(r.boot(), r.conn.exits)
 }
 
-func (r *reader) read(begun time.Time, exits func() (map[Run]map[int]uint64, error)) {
+func (r *reader) read(begun time.Duration, exits func() (map[Run]map[int]uint64, error)) {
 	runs, err := exits()
-	r.done <- Exits{Begun: begun, Ended: r.now(), Runs: runs, Err: err}
+	r.done <- Exits{Begun: begun, Ended: r.boot(), Runs: runs, Err: err}
 }
 
 func (r *reader) again() {
@@ -205,9 +206,9 @@ func (r *reader) again() {
 // says of a domain may be older than what that one said.
 func (r *reader) end(e Exits) {
 	r.busy--
-	r.ready = time.After(min(max(rest, e.Ended.Sub(e.Begun)), patience))
+	r.ready = time.After(min(max(rest, e.Ended-e.Begun), patience))
 	last := r.exits.Load()
-	if e.Begun.Before(last.Ended) {
+	if e.Begun < last.Ended {
 		return
 	}
 	if e.Err != nil {

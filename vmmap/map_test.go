@@ -110,7 +110,7 @@ func (h *host) expect(p snapshot.Process, comm string, want Domain, known bool) 
 
 // said returns a Libvirt that has listed records and is as err tells.
 func said(err error, r ...record) *Libvirt {
-	l := NewLibvirt("test:")
+	l := NewLibvirt("test:", uptime)
 	l.listing.Store(&listing{records: r, at: time.Unix(500, 0), err: err})
 	return l
 }
@@ -162,7 +162,7 @@ func TestDomains(t *testing.T) {
 		want    []Domain
 	}{
 		{"no libvirt", nil, nil, join(byHand, guests("rundir", Paused))},
-		{"not connected yet", NewLibvirt("test:"), nil, join(byHand, guests("rundir", Paused))},
+		{"not connected yet", NewLibvirt("test:", uptime), nil, join(byHand, guests("rundir", Paused))},
 		{"libvirt", said(nil, records...), nil, join(idle, byHand, guests("libvirt", Paused))},
 		{"libvirt's state before the file's", said(nil, unpaused...), nil, join(idle, byHand, guests("libvirt", Running))},
 		{"unless it does not answer", said(down, unpaused...), nil, join(idle, byHand, guests("libvirt", Paused))},
@@ -358,7 +358,7 @@ func TestMigration(t *testing.T) {
 		return &listing{records: []record{{id, "vm1", uuid1, s, true, &Metadata{}}}}
 	}
 	both := func(t *testing.T) (*host, *Libvirt) {
-		l := NewLibvirt("test:")
+		l := NewLibvirt("test:", uptime)
 		h := newHost(t, l)
 		h.replace("proc/250/cmdline", uuidOld, uuid1)
 		h.replace("proc/250/cmdline", "old style", "vm1")
@@ -415,7 +415,7 @@ func TestMigration(t *testing.T) {
 }
 
 func TestRenamedInPlace(t *testing.T) {
-	l := NewLibvirt("test:")
+	l := NewLibvirt("test:", uptime)
 	h := newHost(t, l)
 	h.remove("run")
 	want := Domain{Name: "qemu-201", TGID: 201, Start: vm1Start, State: Running, Source: "process"}

@@ -112,7 +112,7 @@ func serve(ctx context.Context, c config, log *slog.Logger) error {
 		}
 		servers[readOnly] = server.Options{ReadOnly: true}
 	}
-	libvirt := vmmap.NewLibvirt(c.libvirtURI)
+	libvirt := vmmap.NewLibvirt(c.libvirtURI, bootTime)
 	guests := vmmap.New(vmmap.Config{Root: "/", Libvirt: libvirt, Now: time.Now})
 	collectors := newCollectors(c, libvirt.Status, kvmstats.Options{
 		Root: "/", Version: version, Exits: libvirt.Exits, Domains: guests.Domains, Thread: guests.Thread, BootTime: bootTime,

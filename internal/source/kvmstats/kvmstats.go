@@ -53,11 +53,11 @@ type Source struct {
 	closed   bool
 	level    snapshot.Level // Count at most
 	wishes   map[snapshot.Process]snapshot.Level
-	began    time.Time // counting; readings before that are of no use
-	last     time.Time // the latest reading
+	began    time.Duration // counting, by CLOCK_BOOTTIME; readings before that are of no use
+	last     time.Duration // the latest reading
 	counted  time.Duration
 	told     map[vcpu]uint64 // by the latest reading that told it; since began
-	sought   time.Time       // who a run is that nobody knew
+	sought   time.Duration   // who a run is that nobody knew
 	ever     bool            // libvirt told of exits
 	refused  string
 	slots    []*slot
@@ -143,7 +143,7 @@ func (s *Source) SetLevel(level snapshot.Level) error {
 			s.retire(slot)
 		}
 	case snapshot.Count:
-		s.began = time.Now()
+		s.began = s.options.BootTime()
 		s.last = s.began
 		s.told = make(map[vcpu]uint64)
 	}
@@ -212,7 +212,7 @@ func (s *Source) read() {
 	e := s.options.Exits()
 	s.refuse(&e)
 	domains := s.options.Domains()
-	if s.level == snapshot.Count && !e.Begun.Before(s.began) && e.Ended.After(s.last) {
+	if s.level == snapshot.Count && e.Begun >= s.began && e.Ended > s.last {
 		s.count(&e, domains)
 	}
 	threads := make(map[thread]bool)
@@ -238,14 +238,13 @@ func processOf(d *vmmap.Domain) snapshot.Process {
 
 // count adds what has been counted since the last reading.
 func (s *Source) count(e *vmmap.Exits, domains []vmmap.Domain) {
-	s.counted += e.Ended.Sub(s.last)
+	s.counted += e.Ended - s.last
 	s.last = e.Ended
 	unknown := maps.Clone(e.Runs)
-	begun := s.boot(e.Begun)
 	for _, d := range domains {
 		// A run has a number of its own, but for one that a libvirtd started anew
 		// gives again: what was read before a process began is not of it.
-		if d.TGID == 0 || d.ID == nil || begun < d.Start {
+		if d.TGID == 0 || d.ID == nil || uint64(e.Begun) < d.Start {
 			continue
 		}
 		run := vmmap.Run{UUID: d.UUID, ID: *d.ID}
@@ -263,7 +262,7 @@ func (s *Source) count(e *vmmap.Exits, domains []vmmap.Domain) {
 		}
 	}
 	maps.DeleteFunc(unknown, func(_ vmmap.Run, vcpus map[int]uint64) bool { return len(vcpus) == 0 })
-	if len(unknown) > 0 && s.last.Sub(s.sought) >= seek {
+	if len(unknown) > 0 && s.last-s.sought >= seek {
 		s.sought = s.last
 		s.tell(source.Event{Kind: source.Lost}) // who that is must be found out
 	}
@@ -284,8 +283,6 @@ func (s *Source) refuse(e *vmmap.Exits) {
 	}
 }
 
-func (s *Source) boot(t time.Time) uint64 { return uint64(s.options.BootTime() - time.Since(t)) }
-
 // take takes a slot for a thread, unless that is gone.
 func (s *Source) take(t thread, number int) bool {
 	p := t.process
@@ -294,7 +291,7 @@ func (s *Source) take(t thread, number int) bool {
 	if err != nil || err2 != nil {
 		return false
 	}
-	since := s.boot(s.last)
+	since := uint64(s.last)
 	if _, known := s.told[vcpu{p, number}]; !known && s.whole(p) {
 		since = start
 	}
@@ -308,7 +305,7 @@ func (s *Source) take(t thread, number int) bool {
 
 // whole tells whether a process has begun since exits are counted, so that all
 // of its exits are.
-func (s *Source) whole(p snapshot.Process) bool { return p.Start >= s.boot(s.began) }
+func (s *Source) whole(p snapshot.Process) bool { return p.Start >= uint64(s.began) }
 
 // enter adds what KVM has counted since it was last told. A count that went back
 // is one to begin with: fewer exits than there were do no harm.

@@ -27,14 +27,15 @@ const uuid = "748feb9d-7a2a-465d-aa23-9813c9bfb950"
 
 // host is one that boots when the test begins. Its readings take no time.
 type host struct {
-	t       *testing.T
-	root    string
-	booted  time.Time
-	reading vmmap.Exits
-	asked   int
-	domains []vmmap.Domain
-	threads map[int]uint64 // start times
-	source  *Source
+	t         *testing.T
+	root      string
+	booted    time.Time
+	suspended time.Duration // what the clock that Go reads leaves out
+	reading   vmmap.Exits
+	asked     int
+	domains   []vmmap.Domain
+	threads   map[int]uint64 // start times
+	source    *Source
 }
 
 func newHost(t *testing.T) *host {
@@ -57,7 +58,7 @@ func newHost(t *testing.T) *host {
 			}
 			return fmt.Sprint("comm", tid), start, nil
 		},
-		BootTime: func() time.Duration { return time.Since(h.booted) },
+		BootTime: h.uptime,
 	})
 	return h
 }
@@ -72,7 +73,9 @@ func (h *host) remove(name string) {
 	}
 }
 
-func (h *host) now() uint64 { return uint64(time.Since(h.booted)) }
+func (h *host) uptime() time.Duration { return time.Since(h.booted) + h.suspended }
+
+func (h *host) now() uint64 { return uint64(h.uptime()) }
 
 // sleep lets seconds pass.
 func (h *host) sleep(seconds int) { time.Sleep(time.Duration(seconds) * time.Second) }
@@ -104,7 +107,7 @@ func (h *host) read(id int, exits ...uint64) {
 	for n, e := range exits {
 		vcpus[n] = e
 	}
-	h.reading = vmmap.Exits{Begun: time.Now(), Ended: time.Now(), Runs: map[vmmap.Run]map[int]uint64{{UUID: uuid, ID: id}: vcpus}}
+	h.reading = vmmap.Exits{Begun: h.uptime(), Ended: h.uptime(), Runs: map[vmmap.Run]map[int]uint64{{UUID: uuid, ID: id}: vcpus}}
 }
 
 func (h *host) snapshot() *snapshot.Snapshot {
@@ -209,12 +212,23 @@ func TestCounts(t *testing.T) {
 		},
 		"begun before": func(h *host) { // what is read may be of then or of now
 			h.start(1, 7, 70)
-			begun := time.Now()
+			begun := h.uptime()
 			h.sleep(1)
 			h.level(snapshot.Count)
 			h.read(1, 1000)
 			h.reading.Begun = begun
 			h.expect("of no use")
+		},
+		"suspended": func(h *host) { // the host was
+			h.level(snapshot.Count)
+			h.sleep(1)
+			h.start(1, 7, 70)
+			start := h.now()
+			h.suspended = time.Hour
+			h.read(1, 40)
+			if s := h.expect("whole", 40); s.Slots[0].Since != start || s.Counted != 3602e9 {
+				h.t.Errorf("%+v", s)
+			}
 		},
 		"two vCPUs": func(h *host) {
 			h.level(snapshot.Count)
@@ -484,7 +498,7 @@ func TestEvents(t *testing.T) {
 		expect("a run without KVM")
 		h.read(1, 5)
 		expect("a run that nobody knows", source.Event{Kind: source.Lost})
-		h.reading.Ended = h.reading.Ended.Add(seek / 2)
+		h.reading.Ended += seek / 2
 		expect("so soon")
 		h.read(1, 5)
 		expect("still", source.Event{Kind: source.Lost})
