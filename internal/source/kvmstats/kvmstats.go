@@ -3,7 +3,8 @@
 // Package kvmstats is the last resort: KVM's own statistics, which libvirt has
 // from QEMU. They tell how often each vCPU of libvirt's domains has exited, but
 // neither why nor for how long. A count is that of the latest reading, so that a
-// change of level takes effect at a reading, too.
+// change of level takes effect at a reading, too. A slot's vCPU has libvirt's
+// number, where other collectors tell KVM's.
 package kvmstats
 
 import (
