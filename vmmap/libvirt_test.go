@@ -217,10 +217,10 @@ func TestExits(t *testing.T) {
 		first := <-s.reads
 		time.Sleep(patience)
 		second := <-s.reads
-		time.Sleep(1)
+		time.Sleep(time.Millisecond)
 		answer(first, 8)
 		expect("the one begun first", 8, "")
-		time.Sleep(1)
+		time.Sleep(time.Millisecond)
 		answer(second, 7)
 		expect("the one begun second", 8, "")
 		time.Sleep(patience)
@@ -229,7 +229,7 @@ func TestExits(t *testing.T) {
 		time.Sleep(patience)
 		tell(9)
 		expect("the one begun second ends first", 9, "")
-		time.Sleep(1)
+		time.Sleep(time.Millisecond)
 		answer(first, 8)
 		expect("the one begun first ends second", 9, "")
 		time.Sleep(patience)
