@@ -47,7 +47,9 @@ type collectorVxOwn struct {
 	Want     uint32
 	Measure  uint32
 	Next     uint32
+	Chain    uint32
 	Late     uint32
+	Pad      uint32
 }
 
 type collectorVxTsc struct {

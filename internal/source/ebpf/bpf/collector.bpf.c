@@ -692,9 +692,22 @@ __noinline u32 take(u64 vcpu, u32 isa)
 	struct task_struct *leader = task->group_leader;
 	u32 tid = bpf_get_current_pid_tgid();
 	struct virtexit_slot *pub;
+	u32 index, *first, next = 0, chain = 0;
 	struct vx_own *own;
-	u32 index, *first;
 
+	first = bpf_map_lookup_elem(&threads, &tid);
+	if (first) {
+		struct virtexit_slot *other = slot_at(*first);
+
+		/* Else it is of a thread that died unseen. */
+		if (other && own_of(other)->task == (u64)task) {
+			next = *first + 1;
+			chain = own_of(other)->chain + 1;
+			/* No walk along the chain would come to its end. */
+			if (chain >= VX_CHAIN)
+				return 0;
+		}
+	}
 	if (bpf_map_pop_elem(&free_slots, &index))
 		return 0;
 	pub = slot_at(index);
@@ -718,14 +731,10 @@ __noinline u32 take(u64 vcpu, u32 isa)
 	own->look = 1;
 	own->slow = VX_SLOW_LEVEL;
 	own->measure = VX_MEASURE;
+	own->next = next;
+	own->chain = chain;
 
-	first = bpf_map_lookup_elem(&threads, &tid);
 	if (first) {
-		struct virtexit_slot *other = slot_at(*first);
-
-		/* Else it is of a thread that died unseen. */
-		if (other && own_of(other)->task == (u64)task)
-			own->next = *first + 1;
 		*first = index;
 	} else if (bpf_map_update_elem(&threads, &tid, &index, BPF_ANY)) {
 		bpf_map_push_elem(&free_slots, &index, 0);

@@ -16,7 +16,7 @@
 enum {
 	VX_CHUNK = 64,
 	VX_CACHES = 1024,
-	VX_CHAIN = 16,	/* slots of one thread, at most */
+	VX_CHAIN = 16,	/* slots of one thread, at most; its other vCPUs have none */
 	VX_MEASURE = 16,
 };
 
@@ -44,7 +44,8 @@ enum {
  * @level: at which the thread is counted
  * @want: at which it is to be counted; set by the process
  * @measure: on so many more exits the cost of the fast path
- * @next: another slot of the thread, + 1
+ * @next: the slot that the thread took before, + 1
+ * @chain: how many it had taken before
  * @late: when an exit occurred is to be had from the guest's TSC
  */
 struct vx_own {
@@ -63,7 +64,9 @@ struct vx_own {
 	__u32 want;
 	__u32 measure;
 	__u32 next;
+	__u32 chain;
 	__u32 late;
+	__u32 pad;
 };
 
 /**
