@@ -67,7 +67,7 @@ const (
 	collectorMapCpus              = "cpus"
 	collectorMapEvents            = "events"
 	collectorMapFreeSlots         = "free_slots"
-	collectorMapRings             = "rings"
+	collectorMapRecent            = "recent"
 	collectorMapThreads           = "threads"
 	collectorProgKvmEntry         = "kvm_entry"
 	collectorProgKvmEntryArm64    = "kvm_entry_arm64"
@@ -159,7 +159,7 @@ type collectorMapSpecs struct {
 	Cpus      *ebpf.MapSpec `ebpf:"cpus"`
 	Events    *ebpf.MapSpec `ebpf:"events"`
 	FreeSlots *ebpf.MapSpec `ebpf:"free_slots"`
-	Rings     *ebpf.MapSpec `ebpf:"rings"`
+	Recent    *ebpf.MapSpec `ebpf:"recent"`
 	Threads   *ebpf.MapSpec `ebpf:"threads"`
 }
 
@@ -207,7 +207,7 @@ type collectorMaps struct {
 	Cpus      *ebpf.Map `ebpf:"cpus"`
 	Events    *ebpf.Map `ebpf:"events"`
 	FreeSlots *ebpf.Map `ebpf:"free_slots"`
-	Rings     *ebpf.Map `ebpf:"rings"`
+	Recent    *ebpf.Map `ebpf:"recent"`
 	Threads   *ebpf.Map `ebpf:"threads"`
 }
 
@@ -217,7 +217,7 @@ func (m *collectorMaps) Close() error {
 		m.Cpus,
 		m.Events,
 		m.FreeSlots,
-		m.Rings,
+		m.Recent,
 		m.Threads,
 	)
 }

@@ -55,8 +55,7 @@ type Collector struct {
 	spec     *ebpf.CollectionSpec
 	maps     map[string]*ebpf.Map
 	chunks   []*ebpf.Map
-	rings    map[int]*ebpf.Map // by slot
-	spare    *ebpf.Map         // a ring that is nobody's
+	recent   map[int]*ebpf.Map // by chunk
 	region   *region
 	memory   *slots.Memory
 	events   *ringbuf.Reader
@@ -99,7 +98,7 @@ func New(o Options) (*Collector, error) {
 		clock:   slots.Monotonic(),
 		done:    make(chan struct{}),
 		maps:    make(map[string]*ebpf.Map),
-		rings:   make(map[int]*ebpf.Map),
+		recent:  make(map[int]*ebpf.Map),
 		sources: make(map[*Source]*lease),
 		links:   make(map[string]link.Link),
 	}
@@ -130,7 +129,7 @@ func (c *Collector) open() error {
 	n := uint32(c.options.Slots+chunkSlots-1) / chunkSlots * chunkSlots
 	for name, entries := range map[string]uint32{
 		collectorMapChunks:    n / chunkSlots,
-		collectorMapRings:     n + 1, // and the spare one
+		collectorMapRecent:    n / chunkSlots,
 		collectorMapCpus:      uint32(cpus),
 		collectorMapFreeSlots: n,
 		collectorMapThreads:   n,
@@ -140,9 +139,6 @@ func (c *Collector) open() error {
 		if c.maps[name], err = ebpf.NewMap(c.spec.Maps[name]); err != nil {
 			return fmt.Errorf("map %s: %w", name, err)
 		}
-	}
-	if c.spare, err = ebpf.NewMap(c.spec.Maps[collectorMapRings].InnerMap); err != nil {
-		return fmt.Errorf("map of recent exits: %w", err)
 	}
 	if c.region, err = newRegion(cpus, int(n)); err != nil {
 		return err
@@ -195,13 +191,12 @@ func (c *Collector) release() error {
 	for _, m := range c.chunks {
 		errs = append(errs, m.Close())
 	}
-	for _, m := range c.rings {
+	for _, m := range c.recent {
 		errs = append(errs, m.Close())
 	}
 	for _, m := range c.maps {
 		errs = append(errs, m.Close())
 	}
-	errs = append(errs, c.spare.Close())
 	return errors.Join(errs...)
 }
 
@@ -457,9 +452,13 @@ func (c *Collector) detach(names ...string) {
 }
 
 // settled returns when no program runs that was detached, or did before a
-// variable changed: so the kernel promises of a change to a map of maps.
+// variable changed: so the kernel promises of a change to a map of maps, be it
+// to what was there. Without slots there is nothing that one could be at.
 func (c *Collector) settled() error {
-	return c.maps[collectorMapRings].Put(uint32(len(c.region.slots)), c.spare)
+	if len(c.chunks) == 0 {
+		return nil
+	}
+	return c.maps[collectorMapChunks].Put(uint32(0), c.chunks[0])
 }
 
 // steps lead to a level from the one below, and back.
@@ -473,7 +472,7 @@ func (c *Collector) steps(level snapshot.Level) (on func() error, off func() err
 				now := c.clock.Ticks()
 				err := c.cap(snapshot.Off, now)
 				c.detach(programs...)
-				return err
+				return errors.Join(err, c.settled())
 			}
 	case snapshot.Count:
 		programs := []string{collectorProgKvmUserspaceExit, collectorProgKvmExit}
@@ -590,25 +589,32 @@ func (c *Collector) log() {
 	if c.now.level < snapshot.Recent {
 		return
 	}
-	h := c.region.header
 	c.live(func(i int, p *abi.Slot) {
 		own := c.region.own(i)
-		if own.Want != abi.LevelRecent || c.rings[i] != nil {
+		if own.Want != abi.LevelRecent || p.HasRecent != 0 || c.logChunk(i/chunkSlots) != nil {
 			return
 		}
-		ring, err := ebpf.NewMap(c.spec.Maps[collectorMapRings].InnerMap)
-		if err != nil {
-			return
-		}
-		size := int(h.RecentSize)
-		if err := errors.Join(c.region.place(ring, int(h.RecentOffset)+i*size, size), c.maps[collectorMapRings].Put(uint32(i), ring)); err != nil {
-			ring.Close()
-			return
-		}
-		c.rings[i] = ring
 		atomic.StoreUint32(&p.HasRecent, 1)
 		atomic.StoreUint32(&own.Look, 1)
 	})
+}
+
+// logChunk sees that the slots of a chunk have memory for exits.
+func (c *Collector) logChunk(chunk int) error {
+	if c.recent[chunk] != nil {
+		return nil
+	}
+	m, err := ebpf.NewMap(c.spec.Maps[collectorMapRecent].InnerMap)
+	if err != nil {
+		return err
+	}
+	h := c.region.header
+	size := chunkSlots * int(h.RecentSize)
+	if err := errors.Join(c.region.place(m, int(h.RecentOffset)+chunk*size, size), c.maps[collectorMapRecent].Put(uint32(chunk), m)); err != nil {
+		return errors.Join(err, m.Close())
+	}
+	c.recent[chunk] = m
+	return nil
 }
 
 // refill keeps free slots ready. When memory is short there are fewer, and exits
@@ -672,14 +678,6 @@ func (c *Collector) free(id snapshot.SlotID) error {
 	h.ReleasedSlots++
 	atomic.StoreUint32(&p.State, abi.Free)
 	*p = abi.Slot{Generation: id.Generation + 1}
-	if ring := c.rings[i]; ring != nil {
-		delete(c.rings, i)
-		size := int(h.RecentSize)
-		if err := errors.Join(c.maps[collectorMapRings].Delete(uint32(i)), ring.Close(),
-			c.region.clear(int(h.RecentOffset)+i*size, size)); err != nil {
-			return err
-		}
-	}
 	return c.maps[collectorMapFreeSlots].Put(nil, id.Index)
 }
 

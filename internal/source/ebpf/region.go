@@ -59,18 +59,9 @@ func newRegion(cpus, slots int) (*region, error) {
 
 // place maps a map of the programs.
 func (r *region) place(m *ebpf.Map, offset, size int) error {
-	return r.mapAt(offset, size, m.FD(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_FIXED)
-}
-
-// clear takes it back.
-func (r *region) clear(offset, size int) error {
-	return r.mapAt(offset, size, -1, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_NORESERVE|unix.MAP_FIXED)
-}
-
-func (r *region) mapAt(offset, size, fd, prot, flags int) error {
 	at := unsafe.Pointer(&r.bytes[offset])
 	_ = r.bytes[offset+size-1]
-	if _, err := unix.MmapPtr(fd, 0, at, uintptr(size), prot, flags); err != nil {
+	if _, err := unix.MmapPtr(m.FD(), 0, at, uintptr(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_FIXED); err != nil {
 		return fmt.Errorf("map %d bytes: %w", size, err)
 	}
 	return nil

@@ -160,7 +160,7 @@ func TestEBPFReasonGiven(t *testing.T) {
 	}
 	delete(spec.Programs, "kvm_exit")
 	const slots = 64
-	for name, entries := range map[string]uint32{"chunks": 1, "rings": slots, "cpus": uint32(cilium.MustPossibleCPU()), "free_slots": slots, "threads": slots} {
+	for name, entries := range map[string]uint32{"chunks": 1, "recent": 1, "cpus": uint32(cilium.MustPossibleCPU()), "free_slots": slots, "threads": slots} {
 		spec.Maps[name].MaxEntries = entries
 	}
 	isa := inside.Host(t).ISA

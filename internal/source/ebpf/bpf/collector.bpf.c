@@ -83,21 +83,21 @@ struct {
 	__array(values, struct chunk);
 } chunks SEC(".maps");
 
-struct ring {
+struct recent_chunk {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 1);
+	__uint(max_entries, VX_CHUNK);
 	__uint(key_size, sizeof(u32));
 	__uint(value_size, sizeof(struct virtexit_recent));
 };
 
-/* The recent exits of each slot that has any. */
+/* The recent exits of the slots of each chunk that has one that logs them. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 1);
 	__type(key, u32);
-	__array(values, struct ring);
-} rings SEC(".maps");
+	__array(values, struct recent_chunk);
+} recent SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -151,10 +151,10 @@ static __always_inline struct virtexit_slot *slot_at(u32 index)
 
 static __always_inline struct virtexit_recent *ring_of(u32 slot)
 {
-	void *inner = bpf_map_lookup_elem(&rings, &slot);
-	u32 zero = 0;
+	struct place p = place(slot);
+	void *inner = bpf_map_lookup_elem(&recent, &p.chunk);
 
-	return inner ? bpf_map_lookup_elem(inner, &zero) : NULL;
+	return inner ? bpf_map_lookup_elem(inner, &p.at) : NULL;
 }
 
 static __always_inline struct vx_own *own_of(struct virtexit_slot *pub)
