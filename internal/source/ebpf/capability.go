@@ -5,6 +5,7 @@ package ebpf
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -85,6 +86,15 @@ func refused(err error) error {
 		why = "the system call bpf is refused, as by a seccomp filter, by a security module or in a user namespace"
 	}
 	return fmt.Errorf("%w: %s: %w", source.ErrUnavailable, why, err)
+}
+
+// forbidden says what it means that an event's record is not to be had through perf.
+func forbidden(err error) error {
+	var file *fs.PathError // of tracefs, where the number of the event is
+	if errors.Is(err, os.ErrPermission) && !errors.As(err, &file) {
+		return fmt.Errorf("needs CAP_SYS_ADMIN where sysctl kernel.perf_event_paranoid is above 2: %w", err)
+	}
+	return err
 }
 
 // near is the line of source up to which the verifier came that refused a program,

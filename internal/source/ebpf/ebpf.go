@@ -419,10 +419,7 @@ func (c *Collector) attach(names ...string) error {
 // there is through perf.
 func attachRecord(event string, p *ebpf.Program) (link.Link, error) {
 	l, err := link.Tracepoint("kvm", event, p, nil)
-	if errors.Is(err, os.ErrPermission) {
-		return nil, fmt.Errorf("needs CAP_SYS_ADMIN where sysctl kernel.perf_event_paranoid is above 2: %w", err)
-	}
-	return l, err
+	return l, forbidden(err)
 }
 
 // tryRecord tells why there is no getting at the record of an event.

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -163,23 +164,54 @@ func TestNear(t *testing.T) {
 	}
 }
 
+func TestForbidden(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		err   error
+		blame bool // of perf_event_paranoid
+	}{
+		{"none", nil, false},
+		{"perf", fmt.Errorf("open perf event: %w", unix.EACCES), true},
+		{"tracefs", fmt.Errorf("read trace event ID: %w", &fs.PathError{Op: "open", Path: "/sys/kernel/tracing/events/kvm/kvm_exit/id", Err: unix.EACCES}), false},
+		{"other", unix.ENOENT, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			err := forbidden(tt.err)
+			if !errors.Is(err, tt.err) || (err != nil && strings.Contains(err.Error(), "perf_event_paranoid")) != tt.blame {
+				t.Errorf("error is %v, which blames perf_event_paranoid: want %t, of %v", err, tt.blame, tt.err)
+			}
+		})
+	}
+}
+
 func TestFindKVM(t *testing.T) {
+	type states map[string]string
 	for _, tt := range []struct {
 		name   string
 		dirs   []string // below /sys
+		states states   // of modules that are not built in
 		vendor int
 		is     string // what tells one loading of the vendor from another
 	}{
-		{"nothing", nil, noVendor, ""},
-		{"kvm alone", []string{"module/kvm"}, noVendor, ""},
-		{"AMD", []string{"module/kvm", "module/kvm_amd", "class/misc/kvm"}, 0, "module/kvm_amd"},
-		{"Intel", []string{"module/kvm", "module/kvm_intel", "class/misc/kvm"}, 1, "module/kvm_intel"},
-		{"another", []string{"module/kvm", "module/kvm_pvm", "class/misc/kvm"}, otherVendor, "class/misc/kvm"},
+		{"nothing", nil, nil, noVendor, ""},
+		{"kvm alone", []string{"module/kvm"}, nil, noVendor, ""},
+		{"AMD", []string{"module/kvm", "module/kvm_amd", "class/misc/kvm"}, states{"kvm_amd": "live"}, 0, "module/kvm_amd"},
+		{"Intel", []string{"module/kvm", "module/kvm_intel", "class/misc/kvm"}, states{"kvm_intel": "live"}, 1, "module/kvm_intel"},
+		{"built in", []string{"module/kvm", "module/kvm_intel", "class/misc/kvm"}, nil, 1, "module/kvm_intel"},
+		{"another", []string{"module/kvm", "module/kvm_pvm", "class/misc/kvm"}, states{"kvm_pvm": "live"}, otherVendor, "class/misc/kvm"},
+		{"AMD, being loaded", []string{"module/kvm", "module/kvm_amd", "class/misc/kvm"}, states{"kvm_amd": "coming"}, noVendor, ""},
+		{"Intel, while AMD is tried", []string{"module/kvm", "module/kvm_amd", "module/kvm_intel", "class/misc/kvm"},
+			states{"kvm_amd": "coming", "kvm_intel": "live"}, 1, "module/kvm_intel"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			root := t.TempDir()
 			for _, dir := range tt.dirs {
 				if err := os.MkdirAll(filepath.Join(root, "sys", dir), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for module, state := range tt.states {
+				if err := os.WriteFile(filepath.Join(root, "sys/module", module, "initstate"), []byte(state+"\n"), 0o644); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -3,6 +3,7 @@
 package ebpf
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -43,10 +44,21 @@ const (
 // findKVM tells what is loaded. Where the modules are below /sys is root's.
 func findKVM(root string) (l loading, vendor int) {
 	l.kvm = inode(filepath.Join(root, "sys/module/kvm"))
+	coming := false
 	for i, v := range vendors {
-		if l.vendor = inode(filepath.Join(root, "sys/module", v.module)); l.vendor != 0 {
+		dir := filepath.Join(root, "sys/module", v.module)
+		// Built in, it has no state. What does not find its CPU is there for a moment.
+		state, err := os.ReadFile(filepath.Join(dir, "initstate"))
+		if id := inode(dir); id == 0 {
+			continue
+		} else if err != nil || string(bytes.TrimSpace(state)) == "live" {
+			l.vendor = id
 			return l, i
 		}
+		coming = true
+	}
+	if coming {
+		return l, noVendor
 	}
 	// It has brought the device, whatever it is called.
 	if l.vendor = inode(filepath.Join(root, "sys/class/misc/kvm")); l.vendor != 0 {
