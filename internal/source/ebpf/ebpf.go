@@ -700,6 +700,7 @@ func (c *Collector) tell(e source.Event) {
 // listen forwards the programs' events.
 func (c *Collector) listen() {
 	var record ringbuf.Record
+	pending := false // new slots are to be looked after
 	for {
 		if err := c.events.ReadInto(&record); err != nil {
 			return // closed
@@ -715,7 +716,15 @@ func (c *Collector) listen() {
 		c.mu.Lock()
 		if !c.closed {
 			if kind == source.VCPUNew {
-				c.now.isa = exitreason.ISA(c.region.slots[e.Slot].ISA) // for one that only its exits tell
+				pending = true
+				// For a KVM that only its exits tell. The slot may be free by now.
+				if isa := exitreason.ISA(c.region.slots[e.Slot].ISA); c.kvm != nil && c.kvm.isa == exitreason.None && isa != exitreason.None {
+					c.now.isa = isa
+				}
+			}
+			// Many come at once, and this looks at all slots.
+			if pending && c.events.AvailableBytes() == 0 {
+				pending = false
 				c.refill()
 				c.wish()
 				c.log()
