@@ -18,6 +18,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
 
@@ -33,6 +34,8 @@ const (
 	pool       = 128 // free slots that are kept ready for new vCPU threads
 	// tick is how often KVM is looked for and the clocks are compared.
 	tick = time.Second
+	// again is after how long what the kernel refused is tried once more.
+	again = 30 * time.Second
 )
 
 // Options of a Collector.
@@ -63,6 +66,8 @@ type Collector struct {
 	programs *ebpf.Collection // of the KVM that is loaded
 	of       loading          // what KVM that is
 	kvm      *kvm
+	failed   error     // why the kernel refused what was wished for; nil: it did not, or it may be tried again
+	since    time.Time // when failed came about
 	links    map[string]link.Link
 	attached snapshot.Level // with no higher than Time
 	missed   uint64         // exits at which the kernel ran no program, of all programs up to now
@@ -271,24 +276,34 @@ func (c *Collector) update() {
 	if c.now.kvm {
 		want = c.level()
 	}
-	if want != snapshot.Off && c.programs == nil {
-		c.now.refused = ""
-		if err := c.load(found, vendor); err != nil {
-			c.now.refused = err.Error()
-		}
+	if time.Since(c.since) >= again {
+		c.failed = nil
 	}
-	if c.now.refused != "" || c.programs == nil {
-		want = snapshot.Off
+	if want != snapshot.Off && c.programs == nil && c.failed == nil {
+		c.fail(c.load(found, vendor))
+	}
+	if c.failed != nil {
+		want = min(want, c.attached)
 	}
 	c.refill()
-	if err := c.setLevel(want); err != nil {
-		c.now.refused = err.Error()
+	c.fail(c.setLevel(want))
+	c.now.refused = ""
+	if c.failed != nil {
+		c.now.refused = c.failed.Error()
 	}
 	c.wish()
 	c.log()
 	if c.now != c.told {
 		c.told = c.now
 		c.tell(source.Event{Kind: source.KVMChanged})
+	}
+}
+
+// fail notes why the kernel refuses what is wished for. To ask again takes the
+// kernel long, and the answer is not soon another.
+func (c *Collector) fail(err error) {
+	if err != nil {
+		c.failed, c.since = err, time.Now()
 	}
 }
 
@@ -300,13 +315,14 @@ func (c *Collector) forget() {
 		c.programs.Close()
 	}
 	c.programs, c.kvm, c.of = nil, nil, loading{}
-	c.now.isa, c.now.refused = exitreason.None, ""
+	c.now.isa, c.failed = exitreason.None, nil
 }
 
 // load makes the programs for the KVM that is loaded.
 func (c *Collector) load(found loading, vendor int) error {
 	c.of = found
-	k, err := describeKVM(vendor)
+	cache := btf.NewCache()
+	k, err := describeKVM(vendor, cache)
 	if err != nil {
 		return err
 	}
@@ -326,7 +342,7 @@ func (c *Collector) load(found loading, vendor int) error {
 			delete(spec.Programs, name)
 		}
 	}
-	direct, err := canCast()
+	direct, err := canCast(cache)
 	if err != nil {
 		return err
 	}
@@ -340,12 +356,14 @@ func (c *Collector) load(found loading, vendor int) error {
 	programs, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
 		Programs:        ebpf.ProgramOptions{ExtraRelocationTargets: k.types},
 		MapReplacements: c.maps,
+		Cache:           cache,
 	})
 	if err != nil {
 		return fmt.Errorf("the kernel refuses the programs%s: %w", near(err), err)
 	}
 	programs.Programs[collectorProgKvmExit] = programs.Programs[k.exit]
 	programs.Programs[collectorProgKvmEntry] = programs.Programs[k.entry]
+	k.types = nil
 	c.programs, c.kvm = programs, k
 	c.now.isa = k.isa
 	return nil

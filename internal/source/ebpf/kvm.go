@@ -20,7 +20,7 @@ type kvm struct {
 	isa         exitreason.ISA // None: whatever each exit is of
 	given       bool           // the reason comes with the exit
 	exit, entry string         // programs for the events of these names
-	types       []*btf.Spec    // of KVM's modules
+	types       []*btf.Spec    // of KVM's modules; nil when the programs are loaded
 	raw         []byte         // the types of the vendor's module; nil: it has none of its own
 }
 
@@ -88,9 +88,9 @@ func rawTypes(vendor int) []byte {
 }
 
 // describeKVM reads the types of KVM's modules.
-func describeKVM(vendor int) (*kvm, error) {
+func describeKVM(vendor int, cache *btf.Cache) (*kvm, error) {
 	k := &kvm{raw: rawTypes(vendor)}
-	events, err := k.describe("kvm") // where the prototypes are
+	events, err := k.describe("kvm", cache) // where the prototypes are
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +99,7 @@ func describeKVM(vendor int) (*kvm, error) {
 	case vendor >= 0:
 		v := vendors[vendor]
 		k.isa = v.isa
-		spec, err := k.describe(v.module)
+		spec, err := k.describe(v.module, cache)
 		if err != nil {
 			return nil, err
 		}
@@ -143,13 +143,13 @@ func describeKVM(vendor int) (*kvm, error) {
 }
 
 // describe reads the types of a module, or of the kernel that has it built in.
-func (k *kvm) describe(module string) (*btf.Spec, error) {
-	spec, err := btf.LoadKernelModuleSpec(module)
+func (k *kvm) describe(module string, cache *btf.Cache) (*btf.Spec, error) {
+	spec, err := cache.Module(module)
 	switch {
 	case err == nil:
 		k.types = append(k.types, spec)
 	case errors.Is(err, os.ErrNotExist):
-		if spec, err = btf.LoadKernelSpec(); err != nil {
+		if spec, err = cache.Kernel(); err != nil {
 			return nil, fmt.Errorf("the kernel's types: %w", err)
 		}
 	default:
@@ -191,8 +191,8 @@ func prototype(spec *btf.Spec, event string) (string, error) {
 }
 
 // canCast tells 1 where programs can read the kernel's memory without a call: since 6.2.
-func canCast() (uint32, error) {
-	spec, err := btf.LoadKernelSpec()
+func canCast(cache *btf.Cache) (uint32, error) {
+	spec, err := cache.Kernel()
 	if err != nil {
 		return 0, fmt.Errorf("the kernel's types: %w", err)
 	}
