@@ -146,7 +146,7 @@ func TestEBPFManyVCPUs(t *testing.T) {
 }
 
 // TestEBPFReasonGiven runs the program for kernels before 5.16, whose kvm_exit
-// has the reason among its arguments, with such arguments. The vCPU is none.
+// has the reason among its arguments, with such arguments. The vCPU is at no address that could be read.
 func TestEBPFReasonGiven(t *testing.T) {
 	const object = "../../../internal/source/ebpf/collector_bpfel.o"
 	if _, err := os.Stat(object); errors.Is(err, os.ErrNotExist) {
@@ -193,9 +193,9 @@ func TestEBPFReasonGiven(t *testing.T) {
 
 	runtime.LockOSThread() // the slot is this thread's
 	defer runtime.UnlockOSThread()
-	const reason, times = 0x72, 3
+	const reason, vcpu, times = 0x72, 8, 3
 	for range times {
-		if _, err := c.Programs["kvm_exit_given"].Run(&cilium.RunOptions{Context: [3]uint64{reason, 0, uint64(isa)}}); err != nil {
+		if _, err := c.Programs["kvm_exit_given"].Run(&cilium.RunOptions{Context: [3]uint64{reason, vcpu, uint64(isa)}}); err != nil {
 			t.Fatal(err)
 		}
 	}
