@@ -220,11 +220,11 @@ static __always_inline struct pair load_pair(u64 address, u32 first, u32 second)
 	u32 span = second - first;
 	u64 at[NEAR];
 
-	/* Also where they are in the other order. */
+	address += first;
 	if (vx_direct || span >= sizeof(at))
-		return (struct pair){ load(address + first, 8),
-				      load(address + second, 8) };
-	bpf_probe_read_kernel(at, span + 8, (void *)(address + first));
+		return (struct pair){ load(address, 8),
+				      load(address + span, 8) };
+	bpf_probe_read_kernel(at, span + 8, (void *)address);
 	return (struct pair){ at[0], at[span / 8] };
 }
 
@@ -254,18 +254,17 @@ struct halts {
 static __always_inline struct halts halts(u64 vcpu)
 {
 	u32 good = OFFSET(kvm_vcpu, stat.generic.halt_poll_success_ns);
-	u32 fail = OFFSET(kvm_vcpu, stat.generic.halt_poll_fail_ns);
-	u32 wait = OFFSET(kvm_vcpu, stat.generic.halt_wait_ns);
+	u32 fail = OFFSET(kvm_vcpu, stat.generic.halt_poll_fail_ns) - good;
+	u32 wait = OFFSET(kvm_vcpu, stat.generic.halt_wait_ns) - good;
 	u64 at[NEAR];
 
-	if (vx_direct || fail - good >= sizeof(at) || wait - good >= sizeof(at))
+	if (vx_direct || fail >= sizeof(at) || wait >= sizeof(at))
 		return (struct halts){
-			load(vcpu + good, 8) + load(vcpu + fail, 8),
-			load(vcpu + wait, 8),
+			load(vcpu + good, 8) + load(vcpu + good + fail, 8),
+			load(vcpu + good + wait, 8),
 		};
 	bpf_probe_read_kernel(at, sizeof(at), (void *)(vcpu + good));
-	return (struct halts){ at[0] + at[(fail - good) / 8],
-			       at[(wait - good) / 8] };
+	return (struct halts){ at[0] + at[fail / 8], at[wait / 8] };
 }
 
 static __always_inline u32 reason(u64 vcpu, u32 given)
