@@ -59,12 +59,21 @@ func TestBoth(t *testing.T) {
 			probes.attach(t, probes.end)
 			attach[1]()
 			probes.attach(t, probes.sum)
-			compare(t, module, other, probes, first, patched)
+			// An emulated CPU that stands still between the two readings says nothing
+			// of either: it does not do so each time.
+			var apart []string
+			for range 4 {
+				if apart = compare(t, module, other, probes, first, patched); len(apart) == 0 || t.Failed() {
+					return
+				}
+			}
+			t.Error(strings.Join(apart, "; "))
 		})
 	}
 }
 
-func compare(t *testing.T, module, other source.Source, probes *bracket, first string, patched bool) {
+// compare runs guests, and tells which of their times are too far apart.
+func compare(t *testing.T, module, other source.Source, probes *bracket, first string, patched bool) (apart []string) {
 	short, spin := 10_000, 60_000_000
 	if inside.Host(t).ISA == exitreason.VMX {
 		short, spin = 100, 1_000_000
@@ -74,7 +83,9 @@ func compare(t *testing.T, module, other source.Source, probes *bracket, first s
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { g.Close() })
-	probes.watch(t, g.TID(1))
+	for vcpu := range 2 {
+		probes.watch(t, g.TID(vcpu))
+	}
 	errs := make(chan error)
 	go func() { // long: in the guest, and out of KVM_RUN with its last exit
 		for range 5 {
@@ -107,7 +118,7 @@ func compare(t *testing.T, module, other source.Source, probes *bracket, first s
 			t.Fatal(err)
 		}
 	}
-	all := probes.took(t, g.TID(1))
+	all := [2]spent{probes.took(t, g.TID(0)), probes.took(t, g.TID(1))}
 	if err := g.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -145,12 +156,11 @@ func compare(t *testing.T, module, other source.Source, probes *bracket, first s
 			t.Logf("vcpu %d: %-10s module %12d ns, eBPF %12d ns: %+6.2f %% of %+6.2f %% to %+6.2f %%", vcpu, what, a, b,
 				percent(diff), percent(-int64(slack+less)), percent(int64(slack+more)))
 			if diff < -int64(slack+less) || diff > int64(slack+more) {
-				t.Errorf("vcpu %d: %s is %d ns and %d ns", vcpu, what, a, b)
+				apart = append(apart, fmt.Sprintf("vcpu %d: %s is %d ns and %d ns", vcpu, what, a, b))
 			}
 		}
-		var p spent // by probes, where exits are short
+		p := all[vcpu] // little where exits are few, unless an emulated CPU stood still meanwhile
 		if vcpu == 1 {
-			p = all
 			near("kvm", a.Times.KVM, b.Times.KVM, exits, p.exit, p.entry+p.leave)
 		}
 		near("total", total, b.Times.Total(), 0, 0, 0)
@@ -166,7 +176,7 @@ func compare(t *testing.T, module, other source.Source, probes *bracket, first s
 			}
 			// The timer's interrupts come in both.
 			if reason := exitreason.Name(a.ISA, row.Code); vcpu == 0 && reason == "io" {
-				near(reason, row.Time, b.Rows[i].Time, 0, 0, 0)
+				near(reason, row.Time, b.Rows[i].Time, row.Count, p.exit, p.entry)
 			} else if p, ok := took[reason]; ok && vcpu == 1 {
 				near(reason, row.Time, b.Rows[i].Time, row.Count, p.exit, p.entry)
 			}
@@ -175,6 +185,7 @@ func compare(t *testing.T, module, other source.Source, probes *bracket, first s
 	if !comparable && !t.Failed() {
 		t.Skip("machine: the kernel's clock is not the TSC, which runs apart from it; counts are the same")
 	}
+	return apart
 }
 
 // pairing is by how much two clocks may be apart that are said to be read at one
