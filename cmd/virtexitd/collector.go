@@ -58,8 +58,10 @@ func newCollectors(config config, libvirt func() vmmap.LibvirtStatus, statistics
 	return c
 }
 
+// refused says why, but not that the collector is not available: that it says already.
 func (o choice) refused(err error) api.Tried {
-	return api.Tried{Collector: o.name, Refused: err.Error(), Gain: o.gain}
+	why := strings.ReplaceAll(err.Error(), source.ErrUnavailable.Error()+": ", "")
+	return api.Tried{Collector: o.name, Refused: why, Gain: o.gain}
 }
 
 // usable opens a collector, unless it would not count the KVM that is loaded.

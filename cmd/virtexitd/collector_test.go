@@ -44,7 +44,7 @@ func (h host) collectors() *collectors {
 		f := h[name]
 		c.choices = append(c.choices, choice{name, name + "'s gain", func() (source.Source, error) {
 			if f.absent != "" {
-				return nil, fmt.Errorf("%s", f.absent)
+				return nil, fmt.Errorf("open: %w: %s", source.ErrUnavailable, f.absent)
 			}
 			f.opened++
 			return fakeSource{fake: f}, nil
@@ -71,14 +71,14 @@ func TestOpen(t *testing.T) {
 		err   string
 	}{
 		{"all", host{"kmod": {}, "ebpf": {}, "kvmstats": {}}, "kmod", nil, ""},
-		{"no module", host{"kmod": {absent: away}, "ebpf": {}, "kvmstats": {}}, "ebpf", []string{"kmod: " + away}, ""},
+		{"no module", host{"kmod": {absent: away}, "ebpf": {}, "kvmstats": {}}, "ebpf", []string{"kmod: open: " + away}, ""},
 		{"the last one", host{"kmod": {absent: away}, "ebpf": {refused: strange}, "kvmstats": {}}, "kvmstats",
-			[]string{"kmod: " + away, "ebpf: KVM is not counted: " + strange}, ""},
+			[]string{"kmod: open: " + away, "ebpf: KVM is not counted: " + strange}, ""},
 		{"none for this KVM", host{"kmod": {absent: away}, "ebpf": {refused: strange}, "kvmstats": {absent: "no libvirt"}}, "ebpf",
-			[]string{"kmod: " + away, "kvmstats: no libvirt"}, ""},
+			[]string{"kmod: open: " + away, "kvmstats: open: no libvirt"}, ""},
 		{"none", host{"kmod": {absent: away}, "ebpf": {absent: "needs CAP_BPF"}, "kvmstats": {absent: "no libvirt"}}, "", []string{
-			"kmod: " + away, "ebpf: needs CAP_BPF", "kvmstats: no libvirt",
-		}, "kmod: not loaded; ebpf: needs CAP_BPF; kvmstats: no libvirt"},
+			"kmod: open: " + away, "ebpf: open: needs CAP_BPF", "kvmstats: open: no libvirt",
+		}, "kmod: open: not loaded; ebpf: open: needs CAP_BPF; kvmstats: open: no libvirt"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := tt.host.collectors()
@@ -129,7 +129,7 @@ func TestBetter(t *testing.T) {
 			t.Fatal(err)
 		}
 		h["ebpf"].level = snapshot.Time
-		step("nothing new", false, "ebpf", "kmod: not loaded")
+		step("nothing new", false, "ebpf", "kmod: open: not loaded")
 		if h["ebpf"].level != snapshot.Time {
 			t.Error("the one in use was tried")
 		}
@@ -146,6 +146,6 @@ func TestBetter(t *testing.T) {
 		time.Sleep(rest)
 		step("after a rest", true, "kmod")
 		h["kmod"].refused, h["ebpf"].refused, h["kvmstats"].absent = "strange", "strange", "no libvirt"
-		step("all refuse", false, "kmod", "ebpf: KVM is not counted: strange", "kvmstats: no libvirt")
+		step("all refuse", false, "kmod", "ebpf: KVM is not counted: strange", "kvmstats: open: no libvirt")
 	})
 }
