@@ -391,8 +391,8 @@ func TestReturn(t *testing.T) {
 	}
 	before, after := slot(1, 1, 1000), slot(2, 1, 50)
 	for name, back := range map[string]snapshot.Snapshot{
-		"released":     module(1000, 11*second, after),
-		"not released": module(0, 11*second, retired(before), after),
+		"released":     module(1007, 11*second, after),
+		"not released": module(7, 11*second, retired(before), after),
 	} {
 		for _, stops := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, stops between: %t", name, stops), func(t *testing.T) {
@@ -406,8 +406,8 @@ func TestReturn(t *testing.T) {
 						}
 					}
 				}
-				apply(t, l, 10*second, module(0, 9*second, before))
-				apply(t, l, 11*second, module(0, 10*second, retired(before)))
+				apply(t, l, 10*second, module(7, 9*second, before)) // 7 were released before
+				apply(t, l, 11*second, module(7, 10*second, retired(before)))
 				for i := range uint64(maxPast) {
 					restart()
 					apply(t, l, (12+i)*second, snapshot.Snapshot{TickHz: 25e8, Loaded: 2 + i, Counted: second, Slots: []snapshot.Slot{slot(1, uint32(2+i), 10)}})
@@ -415,7 +415,7 @@ func TestReturn(t *testing.T) {
 				restart()
 				apply(t, l, 20*second, back)
 				const others = 10 * maxPast
-				want := Totals{Exits: 1055 + others, Attributed: 1050 + others, Unattributed: 5}
+				want := Totals{Exits: 1062 + others, Attributed: 1050 + others, Unattributed: 5, Missed: 7}
 				if diff := cmp.Diff(want, l.Totals()); diff != "" {
 					t.Errorf("(-want +got):\n%s", diff)
 				}
@@ -427,6 +427,20 @@ func TestReturn(t *testing.T) {
 				total := v.Processes[before.Process.InProc()]
 				if got, want := total.VCPUs[0].Times, (snapshot.Times{Guest: 1_000_000 + 1000*others*2/5, KVM: 10_000 + 10*others*2/5}); got != want {
 					t.Errorf("times %+v, want %+v", got, want)
+				}
+				// After another boot it is a new one, though it were called the same.
+				l.Reopen()
+				apply(t, l, 21*second, snapshot.Snapshot{TickHz: 1e9, Loaded: 9})
+				if len(l.past) != maxPast {
+					t.Errorf("%d collectors are remembered, want %d", len(l.past), maxPast)
+				}
+				l.Reboot(0)
+				apply(t, l, 22*second, snapshot.Snapshot{TickHz: 1e9, Loaded: 50})
+				l.Reopen()
+				apply(t, l, 23*second, module(0, second))
+				want.Exits, want.Unattributed = want.Exits+5, want.Unattributed+5
+				if diff := cmp.Diff(want, l.Totals()); diff != "" {
+					t.Errorf("after a boot (-want +got):\n%s", diff)
 				}
 			})
 		}

@@ -10,15 +10,15 @@ release=${1:?usage: other-kvm.sh RELEASE}
 cd "$(dirname "$0")/../.."
 lab=${LAB:-build/lab/bin/lab}
 out=$PWD/build/lab/kvm/$release
-kvm=$out/work/arch/x86/kvm
+kvm=$out/tree/arch/x86/kvm
 
 source=$("$lab" source "$release")
 headers=$("$lab" headers "$release")
 origin=$(echo "$headers $source"; cksum test/lab/other-kvm.sh)
 [ "$origin" != "$(cat "$out/origin" 2>/dev/null)" ] || exit 0
 rm -rf "$out"
-mkdir -p "$out/work/include/trace" # trace.h is found relative to it
-cp -r "$source/arch" "$source/virt" "$out/work"
+mkdir -p "$out/tree/include/trace" # trace.h is found relative to it
+cp -r "$source/arch" "$source/virt" "$out/tree"
 sed -i 's/trace_kvm_exit(vcpu, KVM_ISA_SVM)/trace_kvm_exit(vcpu, 77)/; s/svm_get_exit_info/other_get_exit_info/' "$kvm/svm/svm.c"
 grep -q 'trace_kvm_exit(vcpu, 77)' "$kvm/svm/svm.c"
 # The kernel's own tree is that of the headers, which lacks KVM.
@@ -33,5 +33,5 @@ make -C "$headers" M="$kvm" -j"$(nproc)" CONFIG_KVM_WERROR= modules >"$out/log" 
 	exit 1
 }
 objcopy --strip-debug "$kvm/kvm-other.ko" "$out/kvm-other.ko"
-rm -r "$out/work" "$out/log"
+rm -r "$out/tree" "$out/log"
 echo "$origin" >"$out/origin"

@@ -10,7 +10,10 @@ import (
 	"testing"
 )
 
-const bashCompletion = "/usr/share/bash-completion/bash_completion"
+const (
+	bashCompletion = "/usr/share/bash-completion/bash_completion"
+	bpfHelpers     = "/usr/include/bpf/bpf_helpers.h"
+)
 
 // packages tells which Debian package holds a tool; others are named like their tool.
 var packages = map[string]string{
@@ -28,6 +31,8 @@ var packages = map[string]string{
 	"virsh":               "libvirt-clients",
 	"perf":                "linux-perf",
 	"promtool":            "prometheus",
+	"llvm-strip-14":       "llvm-14",
+	bpfHelpers:            "libbpf-dev",
 	"man":                 "man-db",
 	bashCompletion:        "bash-completion",
 	bochsTerm:             "bochs-term",

@@ -17,15 +17,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtexit/internal/source"
+	"virtexit/test/lab"
 )
 
 // TestGenerated holds that the programs in the repository are those of the source.
 func TestGenerated(t *testing.T) {
-	for _, tool := range []string{"clang-14", "llvm-strip-14"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("%v: apt-get install clang-14 llvm-14 libbpf-dev", err)
-		}
-	}
+	lab.Require(t, "clang-14", "llvm-strip-14", "/usr/include/bpf/bpf_helpers.h")
 	files := []string{"collector_bpfel.go", "collector_bpfel.o"}
 	kept := make(map[string][]byte)
 	for _, f := range files {
