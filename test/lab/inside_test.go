@@ -20,24 +20,24 @@ func TestInside(t *testing.T) {
 		pkg    string
 		config Config
 	}{
-		// The longest first, for two run at a time.
-		{"kernel/6.1 VMX", pkg + "kernel", Config{Kernel: "6.1", Emulator: Bochs, Timeout: 20 * time.Minute}},
-		{"kernel/6.12 VMX", pkg + "kernel", Config{Kernel: "6.12", Emulator: Bochs, Timeout: 20 * time.Minute}},
-		{"system/6.1 SVM", pkg + "system", Config{Kernel: "6.1", CPUs: 1, Timeout: 30 * time.Minute}},
-		{"vmmap/6.1 SVM", "virtexit/vmmap", Config{Kernel: "6.1", CPUs: 1, Timeout: 15 * time.Minute}},
-		{"kernel/6.1 SVM", pkg + "kernel", Config{Kernel: "6.1", Timeout: 15 * time.Minute}},
-		{"kernel/6.12 SVM", pkg + "kernel", Config{Kernel: "6.12", Timeout: 15 * time.Minute}},
-		{"kernel/6.1 SVM patched", pkg + "kernel", Config{Kernel: "6.1", Env: patched, Timeout: 15 * time.Minute}},
-		{"kernel/6.12 SVM patched", pkg + "kernel", Config{Kernel: "6.12", Env: patched, Timeout: 15 * time.Minute}},
-		{"kernel/6.1-rt SVM", pkg + "kernel", Config{Kernel: "6.1-rt", Timeout: 15 * time.Minute}},
-		{"kernel/6.12-rt SVM", pkg + "kernel", Config{Kernel: "6.12-rt", Timeout: 15 * time.Minute}},
-		{"lockdown/6.1 SVM", pkg + "lockdown", Config{Kernel: "6.1", Cmdline: "lockdown=integrity", Timeout: 10 * time.Minute}},
-		{"lockdown/6.12 SVM", pkg + "lockdown", Config{Kernel: "6.12", Cmdline: "lockdown=integrity", Timeout: 10 * time.Minute}},
-		{"guest/6.1 SVM", pkg + "guest", Config{Kernel: "6.1", Timeout: 10 * time.Minute}},
-		{"guest/6.12 SVM", pkg + "guest", Config{Kernel: "6.12", Timeout: 10 * time.Minute}},
-		{"arm64/6.1 arm64", pkg + "arm64", Config{Kernel: "6.1-arm64", Emulator: ARM64, Timeout: 10 * time.Minute}},
-		{"cost/6.1 SVM", pkg + "cost", Config{Kernel: "6.1", Icount: true, Timeout: 10 * time.Minute}},
-		{"cost/6.12 SVM", pkg + "cost", Config{Kernel: "6.12", Icount: true, Timeout: 10 * time.Minute}},
+		// The longest first, for two run at a time. The limits are for what hangs: some four times what the tests take.
+		{"kernel/6.1 VMX", pkg + "kernel", Config{Kernel: "6.1", Emulator: Bochs, Timeout: 40 * time.Minute}},
+		{"kernel/6.12 VMX", pkg + "kernel", Config{Kernel: "6.12", Emulator: Bochs, Timeout: 40 * time.Minute}},
+		{"system/6.1 SVM", pkg + "system", Config{Kernel: "6.1", CPUs: 1, Timeout: 60 * time.Minute}},
+		{"vmmap/6.1 SVM", "virtexit/vmmap", Config{Kernel: "6.1", CPUs: 1, Timeout: 30 * time.Minute}},
+		{"kernel/6.1 SVM", pkg + "kernel", Config{Kernel: "6.1", Timeout: 30 * time.Minute}},
+		{"kernel/6.12 SVM", pkg + "kernel", Config{Kernel: "6.12", Timeout: 30 * time.Minute}},
+		{"kernel/6.1 SVM patched", pkg + "kernel", Config{Kernel: "6.1", Env: patched, Timeout: 30 * time.Minute}},
+		{"kernel/6.12 SVM patched", pkg + "kernel", Config{Kernel: "6.12", Env: patched, Timeout: 30 * time.Minute}},
+		{"kernel/6.1-rt SVM", pkg + "kernel", Config{Kernel: "6.1-rt", Timeout: 30 * time.Minute}},
+		{"kernel/6.12-rt SVM", pkg + "kernel", Config{Kernel: "6.12-rt", Timeout: 30 * time.Minute}},
+		{"lockdown/6.1 SVM", pkg + "lockdown", Config{Kernel: "6.1", Cmdline: "lockdown=integrity", Timeout: 20 * time.Minute}},
+		{"lockdown/6.12 SVM", pkg + "lockdown", Config{Kernel: "6.12", Cmdline: "lockdown=integrity", Timeout: 20 * time.Minute}},
+		{"guest/6.1 SVM", pkg + "guest", Config{Kernel: "6.1", Timeout: 20 * time.Minute}},
+		{"guest/6.12 SVM", pkg + "guest", Config{Kernel: "6.12", Timeout: 20 * time.Minute}},
+		{"arm64/6.1 arm64", pkg + "arm64", Config{Kernel: "6.1-arm64", Emulator: ARM64, Timeout: 20 * time.Minute}},
+		{"cost/6.1 SVM", pkg + "cost", Config{Kernel: "6.1", Icount: true, Timeout: 20 * time.Minute}},
+		{"cost/6.12 SVM", pkg + "cost", Config{Kernel: "6.12", Icount: true, Timeout: 20 * time.Minute}},
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			t.Parallel()
