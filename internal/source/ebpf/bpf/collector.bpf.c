@@ -220,11 +220,11 @@ static __always_inline struct pair load_pair(u64 address, u32 first, u32 second)
 	u32 span = second - first;
 	u64 at[NEAR];
 
-	address += first;
+	/* Also where they are in the other order. */
 	if (vx_direct || span >= sizeof(at))
-		return (struct pair){ load(address, 8),
-				      load(address + span, 8) };
-	bpf_probe_read_kernel(at, span + 8, (void *)address);
+		return (struct pair){ load(address + first, 8),
+				      load(address + second, 8) };
+	bpf_probe_read_kernel(at, span + 8, (void *)(address + first));
 	return (struct pair){ at[0], at[span / 8] };
 }
 
@@ -254,17 +254,18 @@ struct halts {
 static __always_inline struct halts halts(u64 vcpu)
 {
 	u32 good = OFFSET(kvm_vcpu, stat.generic.halt_poll_success_ns);
-	u32 fail = OFFSET(kvm_vcpu, stat.generic.halt_poll_fail_ns) - good;
-	u32 wait = OFFSET(kvm_vcpu, stat.generic.halt_wait_ns) - good;
+	u32 fail = OFFSET(kvm_vcpu, stat.generic.halt_poll_fail_ns);
+	u32 wait = OFFSET(kvm_vcpu, stat.generic.halt_wait_ns);
 	u64 at[NEAR];
 
-	if (vx_direct || fail >= sizeof(at) || wait >= sizeof(at))
+	if (vx_direct || fail - good >= sizeof(at) || wait - good >= sizeof(at))
 		return (struct halts){
-			load(vcpu + good, 8) + load(vcpu + good + fail, 8),
-			load(vcpu + good + wait, 8),
+			load(vcpu + good, 8) + load(vcpu + fail, 8),
+			load(vcpu + wait, 8),
 		};
 	bpf_probe_read_kernel(at, sizeof(at), (void *)(vcpu + good));
-	return (struct halts){ at[0] + at[fail / 8], at[wait / 8] };
+	return (struct halts){ at[0] + at[(fail - good) / 8],
+			       at[(wait - good) / 8] };
 }
 
 static __always_inline u32 reason(u64 vcpu, u32 given)
@@ -381,8 +382,11 @@ static __always_inline void move(u64 *sum, u64 ns, u64 *left)
 	*left -= ns;
 }
 
-/* The present stretch, of so long, ends. The thread need not be the caller. */
-__noinline int close(struct virtexit_slot *pub, u64 left, u64 poll_ns,
+/*
+ * The present stretch of a task, of so long, ends. It need not be the caller's, and
+ * may cease to be the slot's meanwhile.
+ */
+__noinline int close(struct virtexit_slot *pub, u64 task, u64 left, u64 poll_ns,
 		     u64 halt_ns)
 {
 	struct virtexit_row *row;
@@ -395,7 +399,7 @@ __noinline int close(struct virtexit_slot *pub, u64 left, u64 poll_ns,
 	row = row_at(pub, pub->open);
 	if (!row)
 		return 0;
-	delay = run_delay(own->task);
+	delay = run_delay(task);
 	wait_ns = delay - own->run_delay;
 	if ((s64)left < 0)
 		left = 0;
@@ -466,7 +470,8 @@ static __always_inline void time_begin(struct virtexit_slot *pub, u64 vcpu)
  * The present stretch ends, and no other begins. The thread may be dying while
  * settle() is at its slot: who takes the stretch ends it.
  */
-static __always_inline void time_end(struct virtexit_slot *pub, u64 now)
+static __always_inline void time_end(struct virtexit_slot *pub, u64 task,
+				     u64 now)
 {
 	u64 from = __sync_lock_test_and_set(&pub->tsc, NEVER);
 	struct vx_own *own = own_of(pub);
@@ -483,7 +488,7 @@ static __always_inline void time_end(struct virtexit_slot *pub, u64 now)
 			pub->doing = VIRTEXIT_HALTED;
 		if (own->level == VIRTEXIT_LEVEL_RECENT)
 			log_end(pub, now);
-		close(pub, now - from, 0, 0);
+		close(pub, task, now - from, 0, 0);
 	} else if ((s64)(now - from) > 0) {
 		pub->guest_time += now - from;
 	}
@@ -505,7 +510,7 @@ __noinline int time_enter(struct virtexit_slot *pub, u64 vcpu, u64 now)
 		row = row_at(pub, pub->open);
 		if (own->level == VIRTEXIT_LEVEL_RECENT)
 			log_end(pub, now);
-		close(pub, now - pub->tsc, 0, 0);
+		close(pub, own->task, now - pub->tsc, 0, 0);
 		if (row) {
 			if (own->handled > row->max)
 				row->max = own->handled;
@@ -568,17 +573,23 @@ static __always_inline void stamp(struct virtexit_slot *pub, u32 offset,
 
 /* ---- slots ---- */
 
-static __always_inline void announce(struct virtexit_slot *pub)
+/*
+ * The slot comes into use or retires. Whoever sees that sees all that was before.
+ * The process may then free a retired one, and another thread take it: nothing is
+ * read of it any more.
+ */
+static __always_inline void enter_state(struct virtexit_slot *pub, u32 state)
 {
 	struct vx_event e = {
 		.slot = own_of(pub)->index,
 		.generation = pub->generation,
-		.state = pub->state,
+		.state = state,
 		.tid = pub->tid,
 		.tgid = pub->tgid,
 		.vcpu_id = pub->vcpu_id,
 	};
 
+	__sync_lock_test_and_set(&pub->state, state);
 	if (bpf_ringbuf_output(&events, &e, sizeof(e), 0))
 		__sync_fetch_and_add(&vx_events_lost, 1);
 }
@@ -742,21 +753,19 @@ __noinline u32 take(u64 vcpu, u32 isa)
 	}
 	own->task = (u64)task;
 	use(own, vcpu);
-	/* Whoever sees the state sees whose slot it is. */
-	__sync_lock_test_and_set(&pub->state, VIRTEXIT_LIVE);
-	announce(pub);
+	enter_state(pub, VIRTEXIT_LIVE);
 	return index + 1;
 }
 
-static __always_inline void set_level(struct virtexit_slot *pub, u32 level,
-				      u64 vcpu, u64 now)
+static __always_inline void set_level(struct virtexit_slot *pub, u64 task,
+				      u32 level, u64 vcpu, u64 now)
 {
 	struct vx_own *own = own_of(pub);
 	bool was_timed = own->level >= VIRTEXIT_LEVEL_TIME;
 	bool timed = level >= VIRTEXIT_LEVEL_TIME;
 
 	if (was_timed && !timed)
-		time_end(pub, now);
+		time_end(pub, task, now);
 	else if (timed && !was_timed)
 		time_begin(pub, vcpu);
 	own->level = level;
@@ -779,7 +788,7 @@ __noinline int adopt(struct virtexit_slot *pub, u64 vcpu)
 		level = VIRTEXIT_LEVEL_TIME;
 	/* What was measured at another level is of no interest. */
 	if (level != own->level) {
-		set_level(pub, level, vcpu, bpf_ktime_get_ns());
+		set_level(pub, own->task, level, vcpu, bpf_ktime_get_ns());
 		own->measure = VX_MEASURE;
 	}
 	own->slow &= VX_SLOW_LEFT;
@@ -793,18 +802,17 @@ __noinline int adopt(struct virtexit_slot *pub, u64 vcpu)
 __noinline int retire(struct virtexit_slot *pub, u64 now)
 {
 	struct vx_own *own;
+	u64 task;
 
 	if (!pub)
 		return 0;
 	own = own_of(pub);
+	task = *(volatile u64 *)&own->task;
 	if (own->level >= VIRTEXIT_LEVEL_TIME)
-		time_end(pub, now);
+		time_end(pub, task, now);
 	/* Who takes the task retires the slot. */
-	if (!__sync_lock_test_and_set(&own->task, 0))
-		return 0;
-	/* Whoever sees the state sees the final counts. */
-	__sync_lock_test_and_set(&pub->state, VIRTEXIT_RETIRED);
-	announce(pub);
+	if (__sync_lock_test_and_set(&own->task, 0))
+		enter_state(pub, VIRTEXIT_RETIRED);
 	return 0;
 }
 
@@ -1113,7 +1121,7 @@ int kvm_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	pub = slot_at(slot - 1);
 	if (!pub || !pub->open)
 		return 0;
-	close(pub, now - pub->tsc, 0, 0);
+	close(pub, own_of(pub)->task, now - pub->tsc, 0, 0);
 	stretch_from(pub, now);
 	if ((error < 0 && why != KVM_EXIT_MEMORY_FAULT) || why == KVM_EXIT_INTR)
 		pub->doing = VIRTEXIT_OUTSIDE;
@@ -1147,7 +1155,8 @@ int kvm_vcpu_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	own = own_of(pub);
 	known = halts(own->vcpu);
 	if (pub->open) {
-		close(pub, now - pub->tsc, since(known.poll_ns, own->poll_ns),
+		close(pub, own->task, now - pub->tsc,
+		      since(known.poll_ns, own->poll_ns),
 		      since(known.halt_ns, own->halt_ns));
 		stretch_from(pub, now);
 	}
@@ -1179,16 +1188,20 @@ int settle(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 index = ctx->args[0], level = ctx->args[1], tid;
 	struct virtexit_slot *pub = slot_at(index);
-	u64 now = ctx->args[2];
+	u64 task, now = ctx->args[2];
 
-	if (!pub || !own_of(pub)->task)
+	if (!pub)
+		return 0;
+	/* Its thread may be dying; what is read of it stays until this has ended. */
+	task = *(volatile u64 *)&own_of(pub)->task;
+	if (!task)
 		return 0;
 	if (level == VIRTEXIT_LEVEL_OFF) {
 		tid = pub->tid;
 		bpf_map_delete_elem(&threads, &tid);
 		retire(pub, now);
 	} else if (own_of(pub)->level > level) {
-		set_level(pub, level, 0, now);
+		set_level(pub, task, level, 0, now);
 	}
 	return 0;
 }
