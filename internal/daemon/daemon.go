@@ -86,6 +86,7 @@ type Daemon struct {
 
 	mu        sync.Mutex // guards what follows, and the order of snapshots
 	source    source.Source
+	ended     bool  // it is told nothing any more
 	problem   error // why source is nil, or what is wrong with it
 	wish      wish
 	given     map[snapshot.Process]snapshot.Level // by the wish, to the open source
@@ -187,7 +188,9 @@ func (d *Daemon) collect(ctx context.Context, src source.Source) error {
 		var err error
 		select {
 		case <-ctx.Done():
-			d.finish()
+			if d.store != nil {
+				d.end()
+			}
 			return nil
 		case e, ok := <-events:
 			if !ok {
@@ -211,7 +214,7 @@ func (d *Daemon) collect(ctx context.Context, src source.Source) error {
 			err = d.endPeriod()
 		case <-better.C:
 			if d.config.Better != nil && d.config.Better() {
-				d.handOver()
+				d.end()
 				return nil
 			}
 		}
@@ -236,37 +239,25 @@ func (d *Daemon) attach(src source.Source) error {
 		}
 	}
 	d.ledger.Reopen()
-	d.source, d.problem, d.snap, d.release = src, nil, nil, nil
+	d.source, d.ended, d.problem, d.snap, d.release = src, false, nil, nil, nil
 	d.usage = [2]usage{d.used(), d.used()}
 	d.config.Log.Info("collector opened", "collector", info.Collector, "version", info.Version, "isa", info.ISA)
 	return d.sampleLocked()
 }
 
-// handOver lets go of the collector with all that it has counted. What the next
-// one is to do stays as wished.
-func (d *Daemon) handOver() {
+// end has the collector stop, for good, and takes and saves all that it has
+// counted. What is wished for meanwhile is for the next one.
+func (d *Daemon) end() {
 	d.mu.Lock()
-	level := d.wish.level
-	d.end()
+	if err := d.source.SetLevel(snapshot.Off); err != nil {
+		d.config.Log.Debug("ending collection", "error", err)
+	}
+	d.ended = true
+	d.sampleLocked() // a failure has been logged
 	d.mu.Unlock()
 	if d.store != nil {
 		d.save() // and give its slots back
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.source, d.problem = nil, source.ErrGone
-	if d.wish.level == snapshot.Off { // as end has left it
-		d.wish.level = level
-	}
-}
-
-// end has the collector stop, and takes all that it has counted.
-func (d *Daemon) end() {
-	d.wish.level = snapshot.Off
-	if err := d.command(); err != nil {
-		d.config.Log.Debug("ending collection", "error", err)
-	}
-	d.sampleLocked() // a failure has been logged
 }
 
 // detach lets go of the collector, before it is closed.

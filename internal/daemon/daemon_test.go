@@ -859,6 +859,48 @@ func TestBetter(t *testing.T) {
 	})
 }
 
+// What is wished for while a collector is left is for the next one.
+func TestEnd(t *testing.T) {
+	duty := api.Duty{OnNS: int64(time.Minute), EveryNS: int64(time.Hour)}
+	for _, tt := range []struct {
+		name string
+		do   func(d *Daemon)
+		want snapshot.Level // of the next one
+	}{
+		{"nothing", func(*Daemon) {}, snapshot.Time},
+		{"off", func(d *Daemon) { d.setCollection(snapshot.Off, duty) }, snapshot.Off},
+		{"off and on", func(d *Daemon) { d.setCollection(snapshot.Off, duty); d.setCollection(snapshot.Count, duty) }, snapshot.Count},
+		{"a pause begins", func(d *Daemon) {
+			if got := d.turn(true); got != 59*time.Minute {
+				t.Errorf("a pause of %v", got)
+			}
+		}, snapshot.Pause},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			run(t, func(c *Config) { c.Duty = duty }, func(t *testing.T, h *host, d *Daemon) {
+				h.exits(1, 0, 0x72, 3)
+				d.end()
+				tt.do(d)
+				level := func() snapshot.Level {
+					h.mu.Lock()
+					defer h.mu.Unlock()
+					return h.level
+				}
+				if got := level(); got != snapshot.Off || d.view.Totals.Exits != 3 {
+					t.Errorf("the one that ended is at level %v, with %d exits", got, d.view.Totals.Exits)
+				}
+				next, err := h.Open()
+				if err == nil {
+					err = d.attach(next)
+				}
+				if got := level(); err != nil || got != tt.want {
+					t.Errorf("the next one is at level %v, want %v: %v", got, tt.want, err)
+				}
+			})
+		})
+	}
+}
+
 // A kernel whose counts go back is reported, and read anew.
 func TestInconsistent(t *testing.T) {
 	var log bytes.Buffer

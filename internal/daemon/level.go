@@ -42,7 +42,7 @@ func (w *wish) of(p snapshot.Process) (level snapshot.Level, byDefault bool) {
 
 // command makes the open collector do what is wished for.
 func (d *Daemon) command() error {
-	if d.source == nil {
+	if d.source == nil || d.ended {
 		return nil
 	}
 	if err := d.source.SetLevel(d.wish.now()); err != nil {
@@ -57,7 +57,7 @@ func (d *Daemon) command() error {
 // commandProcesses does so for the levels of processes. The collector wants
 // their exact start times, so that it is told when they have been seen counting.
 func (d *Daemon) commandProcesses() error {
-	if d.source == nil || d.wish.level == snapshot.Off {
+	if d.source == nil || d.ended || d.wish.level == snapshot.Off {
 		return nil
 	}
 	var errs []error

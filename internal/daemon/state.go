@@ -349,15 +349,3 @@ func (d *Daemon) save() {
 		d.release = nil // what is left comes with the next snapshot
 	}
 }
-
-// finish takes what the collector has counted to the end, so that it is saved
-// even if the collector goes before the next daemon comes.
-func (d *Daemon) finish() {
-	if d.store == nil {
-		return
-	}
-	d.mu.Lock()
-	d.end()
-	d.mu.Unlock()
-	d.save()
-}
