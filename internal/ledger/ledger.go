@@ -41,18 +41,20 @@ type Ledger struct {
 	reopened  bool
 	now       uint64
 	tickHz    uint64
+	converter snapshot.Converter // of a collector that has another clock
 }
 
 // kernel is what the collector said about itself in the latest snapshot.
 type kernel struct {
 	loaded                                 uint64 // which collector it is; 0: unknown
+	transient                              bool   // it ends with this process
 	counted                                uint64 // nanoseconds
 	exits, unattributed, refused, released uint64
 	gone                                   uint64 // of released, those that are in the ledger
 }
 
 // maxPast is how many collectors are remembered that were replaced. The module can
-// come back; others never do.
+// always come back, others as long as this process runs.
 const maxPast = 4
 
 // collector is one that was replaced, as it was last seen.
@@ -103,7 +105,7 @@ func (l *Ledger) Reopen() { l.reopened = true }
 // every time. A snapshot that fails with ErrInconsistent has changed nothing.
 func (l *Ledger) Apply(snap *snapshot.Snapshot, now uint64) (release []snapshot.SlotID, err error) {
 	if l.tickHz != 0 && farFrom(snap.TickHz, l.tickHz) {
-		snap = snap.In(l.tickHz)
+		snap = l.converter.In(l.tickHz, snap)
 	}
 	next, k, err := l.follow(snap)
 	if err != nil && l.reopened {
@@ -155,6 +157,7 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 	l.before = l.before[:0]
 	k := kernel{
 		loaded:       snap.Loaded,
+		transient:    snap.Transient,
 		counted:      snap.Counted,
 		unattributed: snap.Unattributed,
 		refused:      snap.Refused,
@@ -226,7 +229,8 @@ func (l *Ledger) replace(loaded uint64) {
 		l.past = append(l.past, was)
 	}
 	if len(l.past) > maxPast {
-		l.past = slices.Delete(l.past, 0, 1)
+		oldest := max(0, slices.IndexFunc(l.past, func(c collector) bool { return c.kernel.transient }))
+		l.past = slices.Delete(l.past, oldest, oldest+1)
 	}
 }
 

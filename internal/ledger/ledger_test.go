@@ -396,6 +396,7 @@ func TestReturn(t *testing.T) {
 	} {
 		for _, stops := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, stops between: %t", name, stops), func(t *testing.T) {
+				const others = maxPast + 2
 				l := New(forever)
 				restart := func() {
 					l.Reopen()
@@ -408,31 +409,34 @@ func TestReturn(t *testing.T) {
 				}
 				apply(t, l, 10*second, module(7, 9*second, before)) // 7 were released before
 				apply(t, l, 11*second, module(7, 10*second, retired(before)))
-				for i := range uint64(maxPast) {
+				for i := range uint64(others) {
 					restart()
-					apply(t, l, (12+i)*second, snapshot.Snapshot{TickHz: 25e8, Loaded: 2 + i, Counted: second, Slots: []snapshot.Slot{slot(1, uint32(2+i), 10)}})
+					apply(t, l, (12+i)*second, snapshot.Snapshot{TickHz: 25e8, Loaded: 2 + i, Transient: true, Counted: second, Slots: []snapshot.Slot{slot(1, uint32(2+i), 10)}})
 				}
 				restart()
 				apply(t, l, 20*second, back)
-				const others = 10 * maxPast
-				want := Totals{Exits: 1062 + others, Attributed: 1050 + others, Unattributed: 5, Missed: 7}
+				want := Totals{Exits: 1062 + 10*others, Attributed: 1050 + 10*others, Unattributed: 5, Missed: 7}
 				if diff := cmp.Diff(want, l.Totals()); diff != "" {
 					t.Errorf("(-want +got):\n%s", diff)
 				}
 				v := l.View()
-				if v.Counted != (11+maxPast)*second {
+				if v.Counted != (11+others)*second {
 					t.Errorf("%d ns counted", v.Counted)
 				}
 				// In ticks of the first, of which the others have 2.5.
 				total := v.Processes[before.Process.InProc()]
-				if got, want := total.VCPUs[0].Times, (snapshot.Times{Guest: 1_000_000 + 1000*others*2/5, KVM: 10_000 + 10*others*2/5}); got != want {
+				if got, want := total.VCPUs[0].Times, (snapshot.Times{Guest: 1_000_000 + 10*1000*others*2/5, KVM: 10_000 + 10*10*others*2/5}); got != want {
 					t.Errorf("times %+v, want %+v", got, want)
 				}
 				// After another boot it is a new one, though it were called the same.
 				l.Reopen()
 				apply(t, l, 21*second, snapshot.Snapshot{TickHz: 1e9, Loaded: 9})
-				if len(l.past) != maxPast {
-					t.Errorf("%d collectors are remembered, want %d", len(l.past), maxPast)
+				remembered := maxPast
+				if stops {
+					remembered = 2 // those that did not end with a process
+				}
+				if len(l.past) != remembered {
+					t.Errorf("%d collectors are remembered, want %d", len(l.past), remembered)
 				}
 				l.Reboot(0)
 				apply(t, l, 22*second, snapshot.Snapshot{TickHz: 1e9, Loaded: 50})

@@ -44,6 +44,7 @@ type Head struct {
 // CollectorRecord is a collector as it was last seen, but for its slots.
 type CollectorRecord struct {
 	Loaded       uint64 `json:"loaded"`
+	Transient    bool   `json:"transient,omitempty"`
 	Counted      uint64 `json:"counted"`
 	Unattributed uint64 `json:"unattributed"`
 	Refused      uint64 `json:"refused"`
@@ -131,12 +132,12 @@ func (s *State) Records() iter.Seq[Record] {
 }
 
 func (k kernel) record() CollectorRecord {
-	return CollectorRecord{k.loaded, k.counted, k.unattributed, k.refused, k.released, k.gone}
+	return CollectorRecord{k.loaded, k.transient, k.counted, k.unattributed, k.refused, k.released, k.gone}
 }
 
 func (c CollectorRecord) kernel() kernel {
 	return kernel{
-		loaded: c.Loaded, counted: c.Counted, unattributed: c.Unattributed, refused: c.Refused, released: c.Released, gone: c.Gone,
+		loaded: c.Loaded, transient: c.Transient, counted: c.Counted, unattributed: c.Unattributed, refused: c.Refused, released: c.Released, gone: c.Gone,
 		exits: c.Unattributed + c.Refused + c.Released,
 	}
 }
@@ -199,6 +200,8 @@ func Restore(keep Retention, records iter.Seq2[Record, error]) (*Ledger, error) 
 	case l.tickHz == 0 && len(l.processes) > 0:
 		return nil, errors.New("tick_hz is 0")
 	}
+	// These have ended with the process that stored this.
+	l.past = slices.DeleteFunc(l.past, func(c collector) bool { return c.kernel.transient })
 	return l, l.check()
 }
 

@@ -114,7 +114,7 @@ func (t *Total) advance(last *Total, old, s *snapshot.Slot) {
 		if old != nil && i < len(old.Rows) {
 			was = &old.Rows[i]
 		}
-		if r.Count == was.Count && r.Time == was.Time && r.User == was.User && r.Max == was.Max && r.Hist.Same(was.Hist) {
+		if r.Same(was) {
 			continue // as for most reasons in most seconds
 		}
 		t.Exits += r.Count - was.Count

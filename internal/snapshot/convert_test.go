@@ -28,7 +28,7 @@ func TestIn(t *testing.T) {
 		{"in between", of(15e8, 1500, 1050, 4, 6, 10, 20)}, // those above 4/3 of a bucket's least go up
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if diff := cmp.Diff(tt.want, s.In(tt.want.TickHz)); diff != "" {
+			if diff := cmp.Diff(tt.want, new(Converter).In(tt.want.TickHz, s)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
@@ -40,5 +40,34 @@ func TestIn(t *testing.T) {
 	last[NumHist-1] = 3
 	if h := NewHist(last).shift(2.5); h[NumHist-1] != 3 {
 		t.Errorf("the longest are in %v", h)
+	}
+}
+
+// What has not changed is not converted again, wherever its slot has moved to.
+func TestConverterShares(t *testing.T) {
+	row := func(code uint32, count uint64) Row {
+		return Row{Code: code, Count: count, Time: 9, Hist: NewHist([]uint64{count})}
+	}
+	first := &Snapshot{TickHz: 1e9, Slots: []Slot{
+		{ID: SlotID{Index: 1, Generation: 1}, Rows: []Row{row(1, 5)}},
+		{ID: SlotID{Index: 3, Generation: 1}, Rows: []Row{row(1, 5), row(2, 6)}},
+		{ID: SlotID{Index: 4, Generation: 1}, Rows: []Row{row(1, 5)}},
+	}}
+	second := &Snapshot{TickHz: 1e9, Slots: []Slot{
+		{ID: SlotID{Index: 2, Generation: 1}, Rows: []Row{row(1, 5)}},
+		{ID: SlotID{Index: 3, Generation: 1}, Rows: []Row{first.Slots[1].Rows[0], row(2, 7), row(3, 1)}},
+		{ID: SlotID{Index: 4, Generation: 2}, Rows: []Row{row(1, 8)}},
+	}}
+	for _, tickHz := range []uint64{2e9, 3e9} { // a change of clock begins anew
+		var c Converter
+		c.In(2e9, first)
+		was := c.In(tickHz, first)
+		got := c.In(tickHz, second)
+		if diff := cmp.Diff(new(Converter).In(tickHz, second), got); diff != "" {
+			t.Errorf("not as without the first (-want +got):\n%s", diff)
+		}
+		if !got.Slots[1].Rows[0].Hist.Same(was.Slots[1].Rows[0].Hist) {
+			t.Error("a row that has not changed was converted again")
+		}
 	}
 }

@@ -66,6 +66,11 @@ func (h Hist) grow(n int) Hist {
 	return c
 }
 
+// Same tells whether both, of one reason, are known to be alike.
+func (r *Row) Same(o *Row) bool {
+	return r.Count == o.Count && r.Time == o.Time && r.User == o.User && r.Max == o.Max && r.Hist.Same(o.Hist)
+}
+
 // Same tells whether both are the same memory.
 func (h Hist) Same(o Hist) bool {
 	return len(h) == len(o) && (len(h) == 0 || &h[0] == &o[0])

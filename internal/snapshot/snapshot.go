@@ -154,6 +154,7 @@ type Exit struct {
 type Snapshot struct {
 	TickHz       uint64 // ticks per second of every duration in Slots
 	Loaded       uint64 // names this loading of the collector until the host boots again; 0: unknown
+	Transient    bool   // the collector ends with the process that reads it
 	Counted      uint64 // nanoseconds in which exits were counted, since the collector was loaded
 	Slots        []Slot
 	Released     uint64 // exits in slots that were released earlier

@@ -131,6 +131,7 @@ func (s *Source) Snapshot() (*snapshot.Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
+	snap.Transient = true
 	snap.Unattributed += c.misses()
 	return snap, nil
 }

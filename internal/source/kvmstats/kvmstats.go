@@ -55,7 +55,7 @@ type Source struct {
 	level    snapshot.Level // Count at most
 	wishes   map[snapshot.Process]snapshot.Level
 	began    time.Duration // counting, by CLOCK_BOOTTIME; readings before that are of no use
-	last     time.Duration // the latest reading
+	last     time.Duration // the latest reading; 0: none since began
 	counted  time.Duration
 	told     map[vcpu]uint64 // by the latest reading that told it; since began
 	sought   time.Duration   // who a run is that nobody knew
@@ -145,7 +145,7 @@ func (s *Source) SetLevel(level snapshot.Level) error {
 		}
 	case snapshot.Count:
 		s.began = s.options.BootTime()
-		s.last = s.began
+		s.last = 0
 		s.told = make(map[vcpu]uint64)
 	}
 	return nil
@@ -196,7 +196,7 @@ func (s *Source) Snapshot() (*snapshot.Snapshot, error) {
 		s.read()
 	}
 	snap := &snapshot.Snapshot{
-		TickHz: uint64(time.Second), Loaded: s.loaded, Counted: uint64(s.counted), Released: s.released,
+		TickHz: uint64(time.Second), Loaded: s.loaded, Transient: true, Counted: uint64(s.counted), Released: s.released,
 		Slots: make([]snapshot.Slot, len(s.slots)),
 	}
 	for i, slot := range s.slots {
@@ -239,7 +239,10 @@ func processOf(d *vmmap.Domain) snapshot.Process {
 
 // count adds what has been counted since the last reading.
 func (s *Source) count(e *vmmap.Exits, domains []vmmap.Domain) {
-	s.counted += e.Ended - s.last
+	// Of the first, all that is known is where counts begin.
+	if s.last != 0 {
+		s.counted += e.Ended - s.last
+	}
 	s.last = e.Ended
 	unknown := maps.Clone(e.Runs)
 	for _, d := range domains {

@@ -164,10 +164,12 @@ func TestSlot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHost(t)
 		h.level(snapshot.Time) // as is the daemon's default
-		h.sleep(5)
+		h.read(9)
+		h.expect("the first reading")
+		h.sleep(4)
 		h.start(1, 7, 70)
 		h.read(1, 40)
-		want := &snapshot.Snapshot{TickHz: 1e9, Loaded: 100e9, Counted: 6e9, Slots: []snapshot.Slot{{
+		want := &snapshot.Snapshot{TickHz: 1e9, Loaded: 100e9, Transient: true, Counted: 5e9, Slots: []snapshot.Slot{{
 			ID: snapshot.SlotID{Index: 1}, Process: snapshot.Process{TGID: 7, Start: 105e9}, Comm: "comm7", TID: 70, Start: 105e9,
 			ISA: exitreason.None, Since: 105e9, Level: snapshot.Count, Rows: []snapshot.Row{{Count: 40}},
 		}}}
@@ -182,7 +184,7 @@ func TestSlot(t *testing.T) {
 		if h.asked == asked {
 			t.Error("a snapshot asks for no reading")
 		}
-		if h.snapshot().Counted != 6e9 {
+		if h.snapshot().Counted != 5e9 {
 			t.Error("a reading was entered twice")
 		}
 	})
@@ -221,12 +223,13 @@ func TestCounts(t *testing.T) {
 		},
 		"suspended": func(h *host) { // the host was
 			h.level(snapshot.Count)
-			h.sleep(1)
+			h.read(9)
+			h.expect("the first reading")
 			h.start(1, 7, 70)
 			start := h.now()
 			h.suspended = time.Hour
 			h.read(1, 40)
-			if s := h.expect("whole", 40); s.Slots[0].Since != start || s.Counted != 3602e9 {
+			if s := h.expect("whole", 40); s.Slots[0].Since != start || s.Counted != 3601e9 {
 				h.t.Errorf("%+v", s)
 			}
 		},
@@ -256,13 +259,15 @@ func TestCounts(t *testing.T) {
 			h.read(1, 110)
 			h.expect("on again", -8, 0)
 			h.read(1, 113)
-			if later := h.expect("on", -8, 3); later.Counted != s.Counted+2e9 {
+			if later := h.expect("on", -8, 3); later.Counted != s.Counted+1e9 {
 				h.t.Errorf("counted for %d after %d", later.Counted, s.Counted)
 			}
 		},
 		"paused": func(h *host) {
 			h.level(snapshot.Count)
 			h.start(1, 7, 70)
+			h.read(1, 4)
+			h.expect("the first reading", 4)
 			h.read(1, 5)
 			h.level(snapshot.Pause)
 			h.read(1, 50)
