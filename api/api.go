@@ -21,17 +21,17 @@ const (
 
 // Status is the answer to GET /v1/status and PUT /v1/collection.
 type Status struct {
-	Schema     string  `json:"schema"`
-	Version    string  `json:"version"`           // of the daemon
-	Collection string  `json:"collection"`        // "on", "off"
-	Level      string  `json:"level"`             // in force: "off", "pause", "count", "time", "recent"; some domains may have one of their own
-	Collector  *string `json:"collector"`         // "kmod", "ebpf", "kvmstats", "replay"; null when there is none
-	Tried      []Tried `json:"tried,omitempty"`   // collectors that were tried and not taken, the best first
-	Problem    string  `json:"problem,omitempty"` // why nothing is collected, in a sentence
-	Module     string  `json:"module,omitempty"`  // version of the collector
-	Hook       string  `json:"hook"`              // "none", "tracepoint", "patch"
-	Kernel     string  `json:"kernel"`            // release
-	ISA        string  `json:"isa"`               // "vmx", "svm", "arm64", "pvm", "none"; "isa" and KVM's number of another
+	Schema           string  `json:"schema"`
+	Version          string  `json:"version"`           // of the daemon
+	Collection       string  `json:"collection"`        // "on", "off"
+	Level            string  `json:"level"`             // in force: "off", "pause", "count", "time", "recent"; some domains may have one of their own
+	Collector        *string `json:"collector"`         // "kmod", "ebpf", "kvmstats", "replay"; null when there is none
+	Tried            []Tried `json:"tried,omitempty"`   // collectors that were tried and not taken, the best first
+	Problem          string  `json:"problem,omitempty"` // why nothing is collected, in a sentence
+	CollectorVersion string  `json:"collector_version,omitempty"`
+	Hook             string  `json:"hook"`   // "none", "tracepoint", "patch"
+	Kernel           string  `json:"kernel"` // release
+	ISA              string  `json:"isa"`    // "vmx", "svm", "arm64", "pvm", "none"; "isa" and KVM's number of another
 	// HookCycles is the estimate of what the hook takes an exit and the entry
 	// after it, in TSC cycles; 0: unknown.
 	HookCycles int   `json:"hook_cycles"`

@@ -32,7 +32,8 @@ func (a *app) level() *cobra.Command {
   recent   and each of the latest exits, for 'virtexit log'
   default  what is collected of all domains: see 'virtexit on'
 
-A level lasts until the domain's process ends. No counts are lost by a change.`,
+A level lasts until the domain's process or virtexitd ends. No counts are lost
+by a change.`,
 		Example: `  virtexit level web01           show it
   virtexit level web01 recent
   virtexit level web01 default`,

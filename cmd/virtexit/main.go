@@ -129,7 +129,8 @@ most frequent reasons with their shares of the exits.
 
 The time is shared by the Guest, the handling of exits by KVM and by User space
 (QEMU), Idle (halted, or polling for the end of a halt) and Wait for a CPU.
-All is of the latest second or so. "-" is what is not known.
+All is of the time between the latest two snapshots, a second unless configured.
+"-" is what is not known.
 
 A domain counts from 0 each time that it is started: each is a run of its own,
 and its counts are kept for a while when it has ended. --runs lists all of them;
@@ -199,8 +200,9 @@ or a run, tried in this order; without it, all running domains are shown.
 
 The time of an exit is that in which KVM or user space (QEMU) handled it, not
 that of a halt or of waiting for a CPU; User is the share of user space. Max is
-the longest since counting began, also in a report over an interval. "-" is what
-is not known. In JSON, --limit leaves the rest out.
+the longest; over an interval it is exact if it is the longest so far, else at
+most twice too high. "-" is what is not known. In JSON, --limit leaves the rest
+out.
 
 Where collection paused, rates are those of the time that was observed.`,
 		Example: `  virtexit report web01                    during the next second
@@ -253,8 +255,17 @@ Where collection paused, rates are those of the time that was observed.`,
 
 func (a *app) status() *cobra.Command {
 	return &cobra.Command{
-		Use:     "status",
-		Short:   "Show what is collected, and how",
+		Use:   "status",
+		Short: "Show what is collected, and how",
+		Long: `Show what is collected, and how; if nothing, why.
+
+Collector is what counts: kmod, the kernel module; ebpf; or kvmstats, KVM's
+statistics. Before it come those that are better, why each was refused, and what
+it offers. Hook is how it learns of an exit. Slots are the collector's counters of
+vCPU threads: live, retired by threads that ended, and how many there can be.
+
+Unattributed are exits that no vCPU could be charged with, Missed those that were
+counted but that nobody can tell any more.`,
 		Example: `  virtexit status`,
 		Args:    cobra.NoArgs,
 		RunE: a.do(func(ctx context.Context, _ []string) error {

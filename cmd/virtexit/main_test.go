@@ -176,7 +176,7 @@ func newBackend() *fakeBackend {
 			{Time: at, VCPU: 0, ISA: "svm", Code: 0x72, Reason: "cpuid", DurationNS: ptr(uint64(1234)), RIP: "0xffffffff81000abc"},
 			{Time: at.Add(-time.Microsecond), VCPU: 11, ISA: "svm", Code: 0x78, Reason: "hlt", RIP: "0x0"},
 		},
-		status: api.Status{Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), Module: "0.1.0", Hook: "tracepoint",
+		status: api.Status{Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), CollectorVersion: "0.1.0", Hook: "tracepoint",
 			Kernel: "6.1.0", ISA: "svm", Slots: api.Slots{Live: 2, Backed: 64, Max: 4096}, Exits: 2000,
 			Libvirt: api.Libvirt{Connected: true, URI: "qemu:///system"}, TotalsSince: since.Add(-time.Hour), ObservedNS: 36e11, Since: since},
 		domains: []api.Domain{

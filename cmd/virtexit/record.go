@@ -26,8 +26,9 @@ func (a *app) record() *cobra.Command {
 		Short: "Record what domains do in a file",
 		Long: `Record what domains do in a file, for 'virtexit replay': at the end of each
 interval a report is appended, as JSON on a line of its own. DOMAIN is an id, a
-uuid or a name; without it, all that run are recorded. FILE "-" is stdout. A new
-file is readable by its owner alone: exits tell about what guests do.
+uuid, a name or a run; without it, all that run are recorded. FILE "-" is
+stdout. A new file is readable by its owner alone: exits tell about what guests
+do.
 
 It ends with Ctrl-C, or after --iterations. When virtexitd goes away, a line
 says so, and it goes on when it is back; that time is missing in the file.`,

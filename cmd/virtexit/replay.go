@@ -31,8 +31,8 @@ func (a *app) replay() *cobra.Command {
 		Short: "Show what was recorded",
 		Long: `Show what 'virtexit record' has recorded in FILE ("-": stdin): the sum, as
 'virtexit report' shows it, or with --each one interval after the other, as
-'virtexit watch --batch' does. DOMAIN is an id, a uuid or a name; without it,
-all are shown.
+'virtexit watch --batch' does. DOMAIN is an id, a uuid, a name or a run;
+without it, all are shown.
 
 Percentiles can't be added up: the sum has none of what is in several intervals.
 A domain that was started anew is one in the sum, if its uuid is known.

@@ -69,7 +69,7 @@ func (d *Daemon) Status() api.Status {
 		}
 		if err == nil {
 			s.Collector = &info.Collector
-			s.Module = info.Version
+			s.CollectorVersion = info.Version
 			s.Hook = info.Hook
 			s.HookCycles = info.ExitCost + info.EntryCost
 			s.ISA = info.ISA.String()

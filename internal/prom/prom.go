@@ -130,7 +130,7 @@ func (c *Collector) host(out chan<- prometheus.Metric, s *api.Status, view *ledg
 	for _, m := range []prometheus.Metric{
 		gauge(c.up, float64(truth(s.Problem == ""))),
 		gauge(c.collection, float64(truth(s.Collection == "on"))),
-		gauge(c.collector, 1, pair("collector", collector), pair("hook", s.Hook), pair("isa", s.ISA), pair("kernel", s.Kernel), pair("level", s.Level), pair("version", s.Module)),
+		gauge(c.collector, 1, pair("collector", collector), pair("hook", s.Hook), pair("isa", s.ISA), pair("kernel", s.Kernel), pair("level", s.Level), pair("version", s.CollectorVersion)),
 		gauge(c.build, 1, pair("version", s.Version)),
 		gauge(c.libvirt, float64(truth(s.Libvirt.Connected))),
 		gauge(c.state, float64(truth(c.source.StateKept()))),

@@ -76,7 +76,7 @@ func newHost(domains ...counted) *host {
 	return &host{
 		up: time.Hour,
 		status: api.Status{
-			Version: "0.1.0", Collection: "on", Level: "time", Collector: &kmod, Module: "0.1.0", Hook: "patch", Kernel: "6.1.0-56-amd64", ISA: "svm",
+			Version: "0.1.0", Collection: "on", Level: "time", Collector: &kmod, CollectorVersion: "0.1.0", Hook: "patch", Kernel: "6.1.0-56-amd64", ISA: "svm",
 			HookCycles: 104, Slots: api.Slots{Live: 3, Retired: 1, Backed: 131, Max: 8192}, Libvirt: api.Libvirt{Connected: true},
 		},
 		view: ledger.View{

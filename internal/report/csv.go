@@ -125,10 +125,10 @@ func statusCSV(w io.Writer, s api.Status) error {
 		tried = append(tried, t.Collector+": "+t.Refused)
 	}
 	return csv.NewWriter(w).WriteAll([][]string{
-		{"collection", "level", "duty_on_ns", "duty_every_ns", "collector", "tried", "problem", "module", "hook", "hook_cycles", "kernel", "isa",
+		{"collection", "level", "duty_on_ns", "duty_every_ns", "collector", "tried", "problem", "collector_version", "hook", "hook_cycles", "kernel", "isa",
 			"slots_live", "slots_retired", "slots_backed", "slots_max", "exits", "unattributed", "missed", "totals_since", "observed_ns",
 			"libvirt_connected", "libvirt_uri", "libvirt_error", "version", "since", "cpu_total_pct", "cpu_latest_pct"},
-		values(s.Collection, s.Level, on, every, s.Collector, strings.Join(tried, "; "), s.Problem, s.Module, s.Hook, s.HookCycles, s.Kernel, s.ISA,
+		values(s.Collection, s.Level, on, every, s.Collector, strings.Join(tried, "; "), s.Problem, s.CollectorVersion, s.Hook, s.HookCycles, s.Kernel, s.ISA,
 			s.Slots.Live, s.Slots.Retired, s.Slots.Backed, s.Slots.Max, s.Exits, s.Unattributed, s.Missed, &s.TotalsSince, s.ObservedNS,
 			s.Libvirt.Connected, s.Libvirt.URI, s.Libvirt.Error, s.Version, &s.Since, s.CPU.TotalPct, s.CPU.LatestPct),
 	})

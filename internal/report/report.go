@@ -396,13 +396,15 @@ func Status(w io.Writer, s api.Status, f Format, width int) error {
 	collector := none
 	if s.Collector != nil {
 		collector = *s.Collector
-		if s.Module != "" {
-			collector += " " + s.Module
+		if s.CollectorVersion != "" {
+			collector += " " + s.CollectorVersion
 		}
 	}
 	var tried [][2]string
 	for _, t := range s.Tried {
-		if s.Collector != nil { // else the problem tells
+		if s.Collector == nil { // the problem tells the rest
+			tried = append(tried, [2]string{"  " + t.Collector + " offers", t.Gain})
+		} else {
 			tried = append(tried, [2]string{"Refused", t.Collector + ": " + t.Refused}, [2]string{"  it offers", t.Gain})
 		}
 	}

@@ -257,13 +257,14 @@ func TestGolden(t *testing.T) {
 			return Report(w, api.Report{Schema: api.Schema, Total: true, Time: since, Domains: []api.Domain{web(), intel()}}, Options{Format: f, By: ByReason, Limit: 2, Width: lineWidth})
 		})
 		good := api.Status{
-			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), Module: "0.1.0", Hook: "tracepoint",
+			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "time", Collector: ptr("kmod"), CollectorVersion: "0.1.0", Hook: "tracepoint",
 			Kernel: "6.1.0-56-amd64", ISA: "svm", Slots: api.Slots{Live: 4, Retired: 1, Backed: 64, Max: 4096}, Exits: 1<<64 - 1, Unattributed: 3, Missed: 2,
 			TotalsSince: since.Add(-time.Hour), ObservedNS: 3.5e12, Libvirt: api.Libvirt{Connected: true, URI: "qemu:///system"}, Since: since,
 			HookCycles: 234, Duty: &api.Duty{OnNS: 5e8, EveryNS: 1e10}, CPU: api.CPU{TotalPct: 0.512, LatestPct: 1.25},
 		}
 		bad := api.Status{
-			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "off", Problem: "the module virtexit is not loaded", Hook: "none",
+			Schema: api.Schema, Version: "0.1.0", Collection: "on", Level: "off", Problem: "kmod: the module virtexit is not loaded", Hook: "none",
+			Tried:  []api.Tried{{Collector: "kmod", Refused: "the module virtexit is not loaded", Gain: "less cost"}},
 			Kernel: "6.1.0-56-amd64", ISA: "none", Libvirt: api.Libvirt{URI: "qemu:///system", Error: "no route,\nto \"host\""}, TotalsSince: since, Since: since,
 		}
 		second := good
