@@ -31,7 +31,7 @@ type collectors struct {
 	choices []choice // that the configuration allows, the best first
 	taken   string   // the one that open returned
 	source  source.Source
-	left    map[string]time.Time // when one was, that could not go on
+	left    map[string]leaving // the last time of one that could not go on
 
 	mu    sync.Mutex
 	tried []api.Tried
@@ -43,14 +43,20 @@ type choice struct {
 	open       func() (source.Source, error)
 }
 
+// leaving is when a collector could not go on, and why.
+type leaving struct {
+	at  time.Time
+	why string
+}
+
 // rest is for how long a collector is not taken that could not go on: it may seem
 // usable until it is to count.
 const rest = time.Minute
 
 func newCollectors(config config, libvirt func() vmmap.LibvirtStatus, statistics kvmstats.Options) *collectors {
-	c := &collectors{config: config, libvirt: libvirt, statistics: statistics, left: make(map[string]time.Time)}
+	c := &collectors{config: config, libvirt: libvirt, statistics: statistics, left: make(map[string]leaving)}
 	c.choices = []choice{
-		{"kmod", "an exit costs a fraction of what it costs with others, and counts outlive virtexitd", openModule},
+		{"kmod", "exits by reason, and where the time goes, at a fraction of the cost of ebpf; counts outlive virtexitd", openModule},
 		{"ebpf", "exits by reason, and where the time goes", c.openBPF},
 		{"kvmstats", "how many exits each vCPU takes", c.openStatistics},
 	}
@@ -72,7 +78,7 @@ func (o choice) usable() (source.Source, error) {
 	}
 	info, err := look(src)
 	if err == nil && info.Refused != "" {
-		err = fmt.Errorf("KVM is not counted: %s", info.Refused)
+		err = notCounted(info)
 	}
 	if err != nil {
 		src.Close()
@@ -80,6 +86,8 @@ func (o choice) usable() (source.Source, error) {
 	}
 	return src, nil
 }
+
+func notCounted(info source.Info) error { return fmt.Errorf("KVM is not counted: %s", info.Refused) }
 
 // look has a collector look at KVM.
 func look(src source.Source) (source.Info, error) {
@@ -122,8 +130,9 @@ func (c *collectors) open() (source.Source, error) {
 
 // try opens a collector if it is usable.
 func (c *collectors) try(o choice) (source.Source, error) {
-	if ago := time.Since(c.left[o.name]); ago < rest {
-		return nil, fmt.Errorf("could not go on %v ago", ago.Round(time.Second))
+	left := c.left[o.name]
+	if again := time.Until(left.at.Add(rest)); again > 0 {
+		return nil, fmt.Errorf("%s (tried again in %v)", left.why, again.Round(time.Second))
 	}
 	return o.usable()
 }
@@ -148,14 +157,14 @@ func (c *collectors) better() bool {
 				c.tell(tried)
 				return false
 			}
-			tried = append(tried, o.refused(errors.New(info.Refused)))
+			tried = append(tried, o.refused(notCounted(info)))
 			continue
 		}
 		src, err := c.try(o)
 		if err == nil {
 			src.Close()
-			if slices.ContainsFunc(tried, func(t api.Tried) bool { return t.Collector == c.taken }) {
-				c.left[c.taken] = time.Now()
+			if i := slices.IndexFunc(tried, func(t api.Tried) bool { return t.Collector == c.taken }); i >= 0 {
+				c.left[c.taken] = leaving{time.Now(), tried[i].Refused}
 			}
 			return true
 		}
@@ -181,7 +190,7 @@ func (c *collectors) refused() []api.Tried {
 func openModule() (source.Source, error) {
 	src, err := kmod.Open()
 	if errors.Is(err, source.ErrUnavailable) {
-		return nil, fmt.Errorf("virtexit.ko is not loaded: modprobe virtexit (%w)", err)
+		return nil, fmt.Errorf("virtexit.ko is not loaded: install virtexit-dkms, then modprobe virtexit (%w)", err)
 	}
 	if err != nil {
 		return nil, err // not a source that is a nil pointer

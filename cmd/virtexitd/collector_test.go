@@ -39,7 +39,7 @@ func (s fakeSource) SetLevel(level snapshot.Level) error {
 }
 
 func (h host) collectors() *collectors {
-	c := &collectors{left: make(map[string]time.Time)}
+	c := &collectors{left: make(map[string]leaving)}
 	for _, name := range []string{"kmod", "ebpf", "kvmstats"} {
 		f := h[name]
 		c.choices = append(c.choices, choice{name, name + "'s gain", func() (source.Source, error) {
@@ -139,10 +139,10 @@ func TestBetter(t *testing.T) {
 		step("one that does", true, "kmod")
 		step("nothing is better", false, "kmod")
 		h["kmod"].refused = "strange"
-		step("another KVM", true, "ebpf", "kmod: could not go on 0s ago")
+		step("another KVM", true, "ebpf", "kmod: KVM is not counted: strange (tried again in 1m0s)")
 		h["kmod"].refused = "" // or so it seems
 		time.Sleep(5 * time.Second)
-		step("once bitten", false, "ebpf", "kmod: could not go on 5s ago")
+		step("once bitten", false, "ebpf", "kmod: KVM is not counted: strange (tried again in 55s)")
 		time.Sleep(rest)
 		step("after a rest", true, "kmod")
 		h["kmod"].refused, h["ebpf"].refused, h["kvmstats"].absent = "strange", "strange", "no libvirt"

@@ -122,7 +122,23 @@ func load(file string, required bool, flags *pflag.FlagSet) (config, error) {
 	if err := v.MergeConfigMap(settings); err != nil {
 		return config{}, fmt.Errorf("%s: %w", file, err)
 	}
-	return decode(v)
+	c, key, err := decode(v)
+	if err != nil {
+		return config{}, fmt.Errorf("%s: %w", origin(key, file, flags), err)
+	}
+	return c, nil
+}
+
+// origin tells what has set a key.
+func origin(key, file string, flags *pflag.FlagSet) string {
+	variable := "VIRTEXIT_" + strings.ToUpper(key)
+	switch name := flagKeys[key]; {
+	case name != "" && flags.Changed(name):
+		return "--" + name
+	case os.Getenv(variable) != "":
+		return variable
+	}
+	return file
 }
 
 // parse reads a file's keys. viper alone would let an unknown key pass that has
@@ -140,19 +156,18 @@ func parse(data []byte) (map[string]any, error) {
 	return settings, nil
 }
 
-// decode turns the settings into a config.
-func decode(v *viper.Viper) (config, error) {
-	var c config
+// decode turns the settings into a config, or tells which key is not valid.
+func decode(v *viper.Viper) (c config, bad string, err error) {
 	for _, key := range slices.Sorted(maps.Keys(defaults)) {
 		value, err := word(v.Get(key))
 		if err != nil {
-			return c, fmt.Errorf("%s: %w", key, err)
+			return c, key, fmt.Errorf("%s: %w", key, err)
 		}
 		if allowed := c.set(key, value); allowed != "" {
-			return c, fmt.Errorf("%s: %q is not valid: %s", key, value, allowed)
+			return c, key, fmt.Errorf("%s: %q is not valid: %s", key, value, allowed)
 		}
 	}
-	return c, nil
+	return c, "", nil
 }
 
 // word gives a value as one writes it, also a number or a truth value.
@@ -181,7 +196,7 @@ func (c *config) set(key, value string) (allowed string) {
 		}
 	case "duty":
 		if c.duty, err = api.ParseDuty(value); err != nil {
-			return err.Error()
+			return strings.TrimPrefix(err.Error(), "duty: ")
 		}
 	case "interval":
 		if c.interval, err = time.ParseDuration(value); err != nil || c.interval < 100*time.Millisecond || c.interval > time.Hour {

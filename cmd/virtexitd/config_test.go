@@ -103,11 +103,11 @@ func TestLoad(t *testing.T) {
 		{name: "list", file: "level: [count]", err: "level: [count] is not valid"},
 		{name: "keys below a key", file: "socket: {path: /x}", err: "socket: map[path:/x] is not valid"},
 		{name: "collection", file: "collection: true", err: `collection: "true" is not valid: on and off are allowed`},
-		{name: "level", file: "level: detail", err: `level: "detail" is not valid: count, time and recent are allowed`},
+		{name: "level", file: "level: detail", err: `virtexitd.yaml: level: "detail" is not valid: count, time and recent are allowed`},
 		{name: "level off", file: "level: off", err: `level: "off" is not valid`},
-		{name: "duty", file: "duty: 1/10", err: `duty: "1/10" is not valid: duty: two durations are wanted, such as 1s/10s, or always`},
+		{name: "duty", file: "duty: 1/10", err: `duty: "1/10" is not valid: two durations are wanted, such as 1s/10s, or always`},
 		{name: "duty with keys", file: "duty: {on: 1s, every: 10s}", err: "duty: map[every:10s on:1s] is not valid"},
-		{name: "half a duty", file: "duty: 1s", err: `duty: "1s" is not valid: duty: two durations are wanted`},
+		{name: "half a duty", file: "duty: 1s", err: `duty: "1s" is not valid: two durations are wanted`},
 		{name: "duty that does not fit", file: "duty: 10s/1s", err: "10s of collection does not fit in every 1s"},
 		{name: "short duty", file: "duty: 1ms/10s", err: "1ms of collection is shorter than 100ms"},
 		{name: "short pause", file: "duty: 10s/10001ms", err: "a pause of 1ms is shorter than 100ms"},
@@ -138,8 +138,8 @@ func TestLoad(t *testing.T) {
 		{name: "relative metrics_web_config", file: "metrics_web_config: x", err: `metrics_web_config: "x" is not valid`},
 		{name: "no metrics_reasons", file: "metrics_reasons: 0", err: `metrics_reasons: "0" is not valid: a number from 1 to 100`},
 		{name: "metrics_vcpus", file: "metrics_vcpus: some", err: `metrics_vcpus: "some" is not valid: true and false`},
-		{name: "environment", env: map[string]string{"VIRTEXIT_LEVEL": "x"}, err: `level: "x" is not valid`},
-		{name: "flag", args: []string{"--log-level=x"}, err: `log_level: "x" is not valid`},
+		{name: "environment", env: map[string]string{"VIRTEXIT_LEVEL": "x"}, err: `VIRTEXIT_LEVEL: level: "x" is not valid`},
+		{name: "flag", args: []string{"--log-level=x"}, err: `--log-level: log_level: "x" is not valid`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			for key, value := range tc.env {

@@ -35,7 +35,7 @@ func TestUsage(t *testing.T) {
 		{"unknown flag", []string{"--colour"}, 2, "", "error: unknown flag: --colour\n"},
 		{"argument", []string{"start"}, 2, "", `error: unexpected argument "start"` + "\n"},
 		{"missing file", []string{"--config", "/nonexistent/x.yaml"}, 2, "", "error: open /nonexistent/x.yaml: no such file or directory\n"},
-		{"bad value", []string{"--config", os.DevNull, "--log-level", "x"}, 2, "", `error: log_level: "x" is not valid`},
+		{"bad value", []string{"--config", os.DevNull, "--log-level", "x"}, 2, "", `error: --log-level: log_level: "x" is not valid`},
 		{"unknown web config", []string{"--config", write(t, "metrics_listen: localhost:0\nmetrics_web_config: /nonexistent/web.yml\ngroup: ''"), "--socket", unused}, 1, "", "error: metrics_web_config: /nonexistent/web.yml: open /nonexistent/web.yml: no such file"},
 		{"port in use", []string{"--config", write(t, "metrics_listen: "+used.Addr().String()+"\ngroup: ''"), "--socket", unused}, 1, "", "error: metrics_listen: listen tcp " + used.Addr().String() + ": bind: address already in use\n"},
 		{"socket is a file", []string{"--config", os.DevNull, "--socket", os.DevNull}, 1, "", "error: socket " + os.DevNull},

@@ -89,7 +89,7 @@ func (s *Server) mayAdmin(ctx context.Context) error {
 		return nil
 	}
 	if s.options.AdminGroup == "" {
-		return errors.New("switching collection needs root")
+		return errors.New("switching collection needs root: admin_group names no group in virtexitd.yaml")
 	}
 	gid, err := lookupGroup(s.options.AdminGroup)
 	if err != nil {

@@ -588,10 +588,10 @@ func TestAdmin(t *testing.T) {
 	}{
 		{name: "root", status: 200},
 		{name: "root, group unknown", adminGroup: "no-such-group", status: 200},
-		{name: "nobody, no group", uid: 65534, gid: 65534, status: 403, error: "switching collection needs root"},
+		{name: "nobody, no group", uid: 65534, gid: 65534, status: 403, error: "switching collection needs root: admin_group names no group in virtexitd.yaml"},
 		{name: "nobody, group unknown", adminGroup: "no-such-group", uid: 65534, gid: 65534, status: 403, error: "switching collection needs root: group 'no-such-group': group: unknown group no-such-group"},
 		{name: "not a member", adminGroup: "4321", uid: 65534, gid: 65534, groups: []uint32{4320, 4322}, status: 403, error: "switching collection needs root or membership of group '4321'"},
-		{name: "root's group is not root", uid: 65534, gid: 0, status: 403, error: "switching collection needs root"},
+		{name: "root's group is not root", uid: 65534, gid: 0, status: 403, error: "switching collection needs root: admin_group names no group in virtexitd.yaml"},
 		{name: "main group", adminGroup: "4321", uid: 65534, gid: 4321, status: 200},
 		{name: "other group", adminGroup: "4321", uid: 65534, gid: 65534, groups: []uint32{1, 4321}, status: 200},
 		{name: "last of many groups", adminGroup: "50999", uid: 65534, gid: 65534, groups: many, status: 200},

@@ -65,7 +65,7 @@ func parseInfo(attrs []byte) (source.Info, error) {
 	hooks := [...]string{abi.HookNone: "none", abi.HookTracepoint: "tracepoint", abi.HookPatch: "patch"}
 	switch {
 	case version != abi.ABI:
-		return source.Info{}, fmt.Errorf("the module's abi is %d, this program's is %d", version, abi.ABI)
+		return source.Info{}, fmt.Errorf("the module's abi is %d, this program's is %d: stop virtexitd, modprobe -r virtexit, start it again", version, abi.ABI)
 	case level > abi.LevelRecent:
 		return source.Info{}, fmt.Errorf("level is %d", level)
 	case int(hook) >= len(hooks):
