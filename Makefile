@@ -21,8 +21,8 @@ DESTDIR ?=
 GO      ?= go
 TAGS    := libvirt_dlopen
 
-# What a fresh Debian 12 with Go and gcc lacks.
-PACKAGES_build := libc6-dev pkg-config libvirt-dev
+# What a fresh Debian 12 with make and Go lacks.
+PACKAGES_build := gcc libc6-dev pkg-config libvirt-dev
 PACKAGES_kmod  := gcc-12 libelf1 xz-utils kmod patch pahole
 PACKAGES_bpf   := clang-14 llvm-14 libbpf-dev
 PACKAGES_docs  := man-db groff-base mandoc bash-completion zsh fish

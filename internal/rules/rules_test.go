@@ -123,15 +123,14 @@ var licences = []struct{ folder, licence string }{
 	{"kmod/", "GPL-2.0-only"},
 	{"kvm-patch/", "GPL-2.0-only"},
 	{"internal/source/ebpf/bpf/", "GPL-2.0-only"},
-	{"kvm-patch/", "GPL-2.0-only"},
 	{"", "Apache-2.0"},
 }
 
 // unmarked matches files that carry no licence of their own: data, what bpf2go
 // makes, and formats without comments.
-var unmarked = regexp.MustCompile(`(^|/)testdata/|_bpfel\.(go|o)$|^LICENSES/|\.(md|json|patch)$|^go\.mod$|\.sum$|^\.gitignore$`)
+var unmarked = regexp.MustCompile(`(^|/)testdata/|_bpfel\.(go|o)$|^LICENSES/|\.(json|patch|sum)$`)
 
-var licenceTag = regexp.MustCompile(`^\W*SPDX-License-Identifier: (.*?)(\W*\*/)?$`)
+var licenceTag = regexp.MustCompile(`^\W*SPDX-License-Identifier: (.*?)( \*/| -->)?$`)
 
 func spdx(t tree) (problems []string) {
 	for _, file := range t.files(func(file string) bool { return !unmarked.MatchString(file) }) {
