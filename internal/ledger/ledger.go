@@ -53,8 +53,8 @@ type kernel struct {
 	gone                                   uint64 // of released, those that are in the ledger
 }
 
-// maxPast is how many collectors are remembered that were replaced. The module can
-// always come back, others as long as this process runs.
+// maxPast is how many collectors are remembered that were replaced and can come
+// back: the module as long as it stays loaded, others as long as this process runs.
 const maxPast = 4
 
 // collector is one that was replaced, as it was last seen.
@@ -110,7 +110,7 @@ func (l *Ledger) Apply(snap *snapshot.Snapshot, now uint64) (release []snapshot.
 	next, k, err := l.follow(snap)
 	if err != nil && l.reopened {
 		// Not a continuation: another collector.
-		l.replace(snap.Loaded)
+		l.replace(snap)
 		next, k, err = l.follow(snap)
 	}
 	if err != nil {
@@ -206,16 +206,16 @@ func (l *Ledger) follow(snap *snapshot.Snapshot) (map[use]known, kernel, error) 
 	return next, k, nil
 }
 
-// replace settles the collector that was: what it counted stays. The one that is
-// loaded now began at zero, unless it has been replaced before: the module keeps
-// what it has counted while others count.
-func (l *Ledger) replace(loaded uint64) {
+// replace settles the collector that was: what it counted stays. That of snap began
+// at zero, unless it has been replaced before: the module keeps what it has counted
+// while others count.
+func (l *Ledger) replace(snap *snapshot.Snapshot) {
 	was := collector{l.kernel, maps.Clone(l.slots)}
 	clear(l.slots)
 	l.earlier = l.Totals()
 	l.counted += l.kernel.counted
 	l.kernel = kernel{}
-	if i := slices.IndexFunc(l.past, func(c collector) bool { return c.kernel.loaded == loaded }); i >= 0 && loaded != was.kernel.loaded {
+	if i := slices.IndexFunc(l.past, func(c collector) bool { return c.kernel.loaded == snap.Loaded }); i >= 0 && snap.Loaded != was.kernel.loaded {
 		back := l.past[i]
 		l.past = slices.Delete(l.past, i, i+1)
 		l.kernel = back.kernel
@@ -228,7 +228,10 @@ func (l *Ledger) replace(loaded uint64) {
 	if was.kernel.loaded != 0 {
 		l.past = append(l.past, was)
 	}
-	if len(l.past) > maxPast {
+	if !snap.Transient { // it is the module that is loaded, and any other is not
+		l.past = slices.DeleteFunc(l.past, func(c collector) bool { return !c.kernel.transient })
+	}
+	if len(l.past) > maxPast { // the oldest, but not the module
 		oldest := max(0, slices.IndexFunc(l.past, func(c collector) bool { return c.kernel.transient }))
 		l.past = slices.Delete(l.past, oldest, oldest+1)
 	}

@@ -433,7 +433,7 @@ func TestReturn(t *testing.T) {
 				apply(t, l, 21*second, snapshot.Snapshot{TickHz: 1e9, Loaded: 9})
 				remembered := maxPast
 				if stops {
-					remembered = 2 // those that did not end with a process
+					remembered = 1 // that did not end with a process
 				}
 				if len(l.past) != remembered {
 					t.Errorf("%d collectors are remembered, want %d", len(l.past), remembered)
@@ -448,6 +448,25 @@ func TestReturn(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// However often the module was loaded before, others that come back go on.
+func TestLoadedOften(t *testing.T) {
+	l := New(forever)
+	exits := uint64(0)
+	for i := range uint32(2 * maxPast) {
+		l.Reopen()
+		apply(t, l, uint64(i+1)*second, snapshot.Snapshot{TickHz: 1e9, Loaded: uint64(i + 1), Slots: []snapshot.Slot{slot(1, i+1, 7)}})
+		exits += 7
+	}
+	ebpf := snapshot.Snapshot{TickHz: 1e9, Loaded: 100, Transient: true, Slots: []snapshot.Slot{slot(2, 100, 10)}}
+	for i, snap := range []snapshot.Snapshot{ebpf, {TickHz: 1e9, Loaded: 101, Transient: true, Slots: []snapshot.Slot{slot(3, 101, 20)}}, ebpf} {
+		l.Reopen()
+		apply(t, l, uint64(100+i)*second, snap)
+	}
+	if diff := cmp.Diff(Totals{Exits: exits + 30, Attributed: exits + 30}, l.Totals()); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
 

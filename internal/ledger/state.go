@@ -298,7 +298,7 @@ func (r *SlotRecord) slot(u use) (*snapshot.Slot, error) {
 // that was the latest then was taken at time at by the clock of today, on which
 // that is negative: it wraps around, as will the times of all that was before.
 func (l *Ledger) Reboot(at uint64) {
-	l.replace(0)
+	l.replace(&snapshot.Snapshot{})
 	l.past = nil
 	shift := at - l.now
 	l.now = at
