@@ -901,6 +901,45 @@ func TestEnd(t *testing.T) {
 	}
 }
 
+// A log that is followed ends with the collector that has logged it, whose slots are
+// given back all the same.
+func TestEndFollowed(t *testing.T) {
+	dir := t.TempDir()
+	run(t, func(c *Config) { c.Level, c.StateDir, c.StateInterval = snapshot.Recent, dir, time.Hour }, func(t *testing.T, h *host, d *Daemon) {
+		h.start(1, "one")
+		h.exits(1, 0, 0x72, 3)
+		pass(2 * time.Second)
+		ended := make(chan error)
+		go func() {
+			ended <- d.Follow(t.Context(), "one", api.LogQuery{}, func([]api.LogLine) error { return nil })
+		}()
+		pass(time.Second)
+		d.end()
+		h.mu.Lock()
+		if len(h.snap.Slots) > 0 {
+			t.Errorf("slots that were not given back: %+v", h.snap.Slots)
+		}
+		h.mu.Unlock()
+		d.detach()
+		next, err := h.Open()
+		if err == nil {
+			err = d.attach(next)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		pass(time.Second)
+		select {
+		case err := <-ended:
+			if !errors.Is(err, source.ErrGone) {
+				t.Errorf("the log ends with %v", err)
+			}
+		default:
+			t.Error("the log goes on, of slots of another collector")
+		}
+	})
+}
+
 // A kernel whose counts go back is reported, and read anew.
 func TestInconsistent(t *testing.T) {
 	var log bytes.Buffer

@@ -26,6 +26,7 @@ type log struct {
 	domain  string           // its name
 	process snapshot.Process // in the precision of /proc
 	query   api.LogQuery
+	source  source.Source              // whose slots those are
 	next    map[snapshot.SlotID]uint64 // the first exit that has not been read
 }
 
@@ -35,11 +36,12 @@ func (d *Daemon) openLog(name string, q api.LogQuery) (*log, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &log{d, domain.Name, p, q, make(map[snapshot.SlotID]uint64)}
-	_, snap, _, err := l.look()
+	l := &log{daemon: d, domain: domain.Name, process: p, query: q, next: make(map[snapshot.SlotID]uint64)}
+	src, snap, _, err := l.look()
 	if err != nil {
 		return nil, err
 	}
+	l.source = src
 	for i := range snap.Slots {
 		s := &snap.Slots[i]
 		if s.Process.InProc() == p && q.Reason != "" && !exitreason.Known(s.ISA, q.Reason) {
@@ -58,6 +60,8 @@ func (l *log) look() (src source.Source, snap *snapshot.Snapshot, alive bool, er
 	switch level, _ := d.wish.of(l.process); {
 	case d.source == nil:
 		return nil, nil, false, d.problem
+	case d.ended, l.source != nil && l.source != d.source:
+		return nil, nil, false, source.ErrGone
 	case d.snap == nil:
 		return nil, nil, false, errors.New("no snapshot yet") // unreachable: attach takes one, or fails
 	case d.wish.level == snapshot.Off:
@@ -222,7 +226,7 @@ func (d *Daemon) follow(n int) {
 // keep takes those out of the slots to be released that followers may not have
 // read to their end. It is asked again at the next snapshot.
 func (d *Daemon) keep(release []snapshot.SlotID) (now []snapshot.SlotID) {
-	if d.followers == 0 {
+	if d.followers == 0 || d.ended { // then there is no next one
 		d.kept = nil
 		return release
 	}

@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -345,7 +346,11 @@ func (d *Daemon) save() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.source == src {
-		d.releaseLocked(release)
-		d.release = nil // what is left comes with the next snapshot
+		d.releaseLocked(release) // what is left comes with the next snapshot
+		released := make(map[snapshot.SlotID]bool, len(release))
+		for _, id := range release {
+			released[id] = true
+		}
+		d.release = slices.DeleteFunc(slices.Clone(d.release), func(id snapshot.SlotID) bool { return released[id] })
 	}
 }
