@@ -5,6 +5,8 @@ package lab
 import (
 	"fmt"
 	"path/filepath"
+	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -15,15 +17,16 @@ import (
 func TestInside(t *testing.T) {
 	const pkg = "virtexit/test/lab/"
 	patched := []string{inside.KVMVar + "=" + string(inside.Patched)}
-	for _, m := range []struct {
+	type machine struct {
 		name   string
 		pkg    string
 		config Config
-	}{
-		// The longest first, for two run at a time. The limits are for what hangs: some four times what the tests take.
+	}
+	machines := []machine{
+		// The longest first. The limits are for what hangs: some four times what the tests take.
+		{"system/6.1 SVM", pkg + "system", Config{Kernel: "6.1", CPUs: 1, Timeout: 60 * time.Minute}},
 		{"kernel/6.1 VMX", pkg + "kernel", Config{Kernel: "6.1", Emulator: Bochs, Timeout: 40 * time.Minute}},
 		{"kernel/6.12 VMX", pkg + "kernel", Config{Kernel: "6.12", Emulator: Bochs, Timeout: 40 * time.Minute}},
-		{"system/6.1 SVM", pkg + "system", Config{Kernel: "6.1", CPUs: 1, Timeout: 60 * time.Minute}},
 		{"vmmap/6.1 SVM", "virtexit/vmmap", Config{Kernel: "6.1", CPUs: 1, Timeout: 30 * time.Minute}},
 		{"kernel/6.1 SVM", pkg + "kernel", Config{Kernel: "6.1", Timeout: 30 * time.Minute}},
 		{"kernel/6.12 SVM", pkg + "kernel", Config{Kernel: "6.12", Timeout: 30 * time.Minute}},
@@ -38,25 +41,44 @@ func TestInside(t *testing.T) {
 		{"arm64/6.1 arm64", pkg + "arm64", Config{Kernel: "6.1-arm64", Emulator: ARM64, Timeout: 20 * time.Minute}},
 		{"cost/6.1 SVM", pkg + "cost", Config{Kernel: "6.1", Icount: true, Timeout: 20 * time.Minute}},
 		{"cost/6.12 SVM", pkg + "cost", Config{Kernel: "6.12", Icount: true, Timeout: 20 * time.Minute}},
-	} {
-		t.Run(m.name, func(t *testing.T) {
-			t.Parallel()
-			m.config.Require(t)
-			if m.config.Emulator == Bochs {
-				k, err := FindKernel(m.config.Kernel)
-				if err != nil {
-					t.Fatal(err)
-				}
-				for _, file := range []string{"kmod/%s/virtexit.ko", "kvm-patch/%s/kvm.ko", "kvm-patch/%s/kvm-intel.ko"} {
-					ko, err := filepath.Abs(filepath.Join("../../build", fmt.Sprintf(file, k.Release)))
-					if err != nil {
-						t.Fatal(err)
+	}
+	// In this order, which t.Parallel would not keep: as many at a time as there are CPUs.
+	queue := make(chan machine, len(machines))
+	for _, m := range machines {
+		queue <- m
+	}
+	close(queue)
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	for range runtime.GOMAXPROCS(0) {
+		workers.Go(func() {
+			for m := range queue {
+				t.Run(m.name, func(t *testing.T) {
+					m.config.Require(t)
+					if m.config.Emulator == Bochs {
+						m.config = withModules(t, m.config)
 					}
-					m.config.Files = append(m.config.Files, ko)
-				}
-				m.config.Modules = []string{"kvm_intel"}
+					RunTests(t, m.config, m.pkg, "-tags=lab,libvirt_dlopen")
+				})
 			}
-			RunTests(t, m.config, m.pkg, "-tags=lab,libvirt_dlopen")
 		})
 	}
+}
+
+// withModules gives a machine that does not see this file system the modules that its tests load.
+func withModules(t *testing.T, c Config) Config {
+	t.Helper()
+	k, err := FindKernel(c.Kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"kmod/%s/virtexit.ko", "kvm-patch/%s/kvm.ko", "kvm-patch/%s/kvm-intel.ko"} {
+		ko, err := filepath.Abs(filepath.Join("../../build", fmt.Sprintf(file, k.Release)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Files = append(c.Files, ko)
+	}
+	c.Modules = []string{"kvm_intel"}
+	return c
 }
