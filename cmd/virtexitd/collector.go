@@ -130,9 +130,8 @@ func (c *collectors) open() (source.Source, error) {
 
 // try opens a collector if it is usable.
 func (c *collectors) try(o choice) (source.Source, error) {
-	left := c.left[o.name]
-	if again := time.Until(left.at.Add(rest)); again > 0 {
-		return nil, fmt.Errorf("%s (tried again in %v)", left.why, again.Round(time.Second))
+	if left := c.left[o.name]; time.Since(left.at) < rest {
+		return nil, fmt.Errorf("%s (tried again after %v)", left.why, rest) // the same text each time, lest each be logged
 	}
 	return o.usable()
 }

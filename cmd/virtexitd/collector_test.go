@@ -139,10 +139,10 @@ func TestBetter(t *testing.T) {
 		step("one that does", true, "kmod")
 		step("nothing is better", false, "kmod")
 		h["kmod"].refused = "strange"
-		step("another KVM", true, "ebpf", "kmod: KVM is not counted: strange (tried again in 1m0s)")
+		step("another KVM", true, "ebpf", "kmod: KVM is not counted: strange (tried again after 1m0s)")
 		h["kmod"].refused = "" // or so it seems
 		time.Sleep(5 * time.Second)
-		step("once bitten", false, "ebpf", "kmod: KVM is not counted: strange (tried again in 55s)")
+		step("once bitten", false, "ebpf", "kmod: KVM is not counted: strange (tried again after 1m0s)")
 		time.Sleep(rest)
 		step("after a rest", true, "kmod")
 		h["kmod"].refused, h["ebpf"].refused, h["kvmstats"].absent = "strange", "strange", "no libvirt"

@@ -522,8 +522,9 @@ func TestInterruptsAreNotGuestTime(t *testing.T) {
 		t.Skip("machine: too slow, and its tracepoint is never late")
 	}
 	inside.Load(t, "")
-	enough := 1000                                                 // timers
-	gain := func(build inside.Build, hook string) (gain float64) { // of share over what is done: 1 where guest time is exact
+	enough := 1000 // timers
+	// gain is the guest's share of time over what it gets done in it: 1 where guest time is exact.
+	gain := func(build inside.Build, hook string) (gain float64) {
 		t.Run(hook, func(t *testing.T) {
 			inside.ExchangeKVM(t, build, build)
 			s := open(t, snapshot.Time)
