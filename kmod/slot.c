@@ -30,6 +30,12 @@
 #define VX_SLOTS_LIMIT 65536
 #define VX_HASH_BITS 10
 
+/*
+ * Slots of one thread, which are walked with preemption off and retire with
+ * interrupts off. One that runs more vCPUs would take the slots of others.
+ */
+#define VX_PER_THREAD 64
+
 static unsigned int slots = 8192;
 module_param(slots, uint, 0444);
 MODULE_PARM_DESC(slots, "vCPU threads that can be counted at a time (16 KiB each, taken when needed)");
@@ -146,6 +152,19 @@ struct vx_slot *vx_slot_find_left(void)
 	return last;
 }
 
+/* The calling thread has all slots that it may have; preemption is off. */
+static bool vx_thread_full(void)
+{
+	unsigned int n = 0;
+	struct vx_slot *s;
+
+	hlist_for_each_entry_rcu(s, vx_bucket(current), hash,
+				 rcu_read_lock_sched_held())
+		if (READ_ONCE(s->task) == current)
+			n++;
+	return n >= VX_PER_THREAD;
+}
+
 /* A slot begins at a level that collects nothing, and adopts another. */
 static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa)
 {
@@ -184,13 +203,15 @@ static void vx_slot_fill(struct vx_slot *s, struct kvm_vcpu *vcpu, u32 isa)
  * @vcpu: that the thread runs
  * @isa: of the vCPU's exits
  *
- * Return: NULL when none is free.
+ * Return: NULL when none is free, or the thread has as many as it may.
  */
 struct vx_slot *vx_slot_take(struct kvm_vcpu *vcpu, u32 isa)
 {
 	struct vx_slot *s = NULL;
 	unsigned long flags;
 
+	if (vx_thread_full())
+		return NULL;
 	/* Not to fight for the lock when there is nothing to be had. */
 	if (!list_empty_careful(&vx_free)) {
 		raw_spin_lock_irqsave(&vx_slot_lock, flags);
@@ -770,7 +791,7 @@ void vx_header_cost(u64 exit, u64 entry)
 }
 
 /**
- * vx_count_unattributed - count an exit for which no slot is free
+ * vx_count_unattributed - count an exit that has no slot
  *
  * Preemption is off. Nothing is counted when a slot would not have, either.
  */

@@ -24,7 +24,7 @@
  * has_recent is set have memory too, as long as the device is open.
  *
  * A slot holds the counters of one vCPU thread, that is of one (thread,
- * vcpu_id) pair. Its state is
+ * vcpu_id) pair; a thread has 64 at most. Its state is
  *
  *	FREE	nothing of interest
  *	LIVE	counting; that thread alone writes it
@@ -316,7 +316,7 @@ struct virtexit_recent {
 
 /**
  * struct virtexit_cpu - what could not be charged to a slot, by CPU
- * @unattributed: exits for which no slot was free
+ * @unattributed: exits for which no slot was free, or not for that thread
  * @refused: exits whose reason could not be had or did not agree with KVM's own
  * @reserved: zero
  */

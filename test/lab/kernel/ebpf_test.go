@@ -18,7 +18,6 @@ import (
 
 	cilium "github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
-	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"virtexit/internal/abi"
@@ -27,7 +26,6 @@ import (
 	"virtexit/internal/source"
 	"virtexit/internal/source/ebpf"
 	"virtexit/internal/source/sourcetest"
-	"virtexit/test/lab/guest"
 	"virtexit/test/lab/inside"
 )
 
@@ -107,8 +105,7 @@ func TestEBPFFollowsKVM(t *testing.T) {
 	}
 }
 
-// TestEBPFManyVCPUs has one thread run more vCPUs in turn than a thread has slots
-// for: nothing of the others is charged to a wrong one, or lost, or takes slots.
+// TestEBPFManyVCPUs: see manyVCPUs.
 func TestEBPFManyVCPUs(t *testing.T) {
 	inside.LoadKVM(t)
 	s, err := inside.NewEBPF(t).Open()
@@ -118,31 +115,7 @@ func TestEBPFManyVCPUs(t *testing.T) {
 	if err := s.SetLevel(snapshot.Time); err != nil {
 		t.Fatal(err)
 	}
-	const vcpus, slots, rounds = 20, 16, 3
-	vm := newVM(t, vcpus)
-	want, without := map[int]uint64{}, uint64(0)
-	thread := vm.VCPUs[0]
-	for round := range rounds {
-		for i, v := range vm.VCPUs {
-			if err := v.RunOn(thread, guest.Program{Ops: []guest.Op{guest.CPUID(0, uint32(1+i+round))}}); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	for i, v := range vm.VCPUs {
-		if i < slots {
-			want[i] = kvmExits(t, v)
-		} else {
-			without += kvmExits(t, v)
-		}
-	}
-	sn := snap(t, s)
-	if diff := cmp.Diff(want, bySlot(sn, thread.TID())); diff != "" {
-		t.Errorf("exits by vCPU (-want +got):\n%s", diff)
-	}
-	if len(sn.Slots) != slots || sn.Unattributed != without {
-		t.Errorf("%d slots, %d exits unattributed, want %d, %d", len(sn.Slots), sn.Unattributed, slots, without)
-	}
+	manyVCPUs(t, s, 16)
 }
 
 // TestEBPFReasonGiven runs the program for kernels before 5.16, whose kvm_exit

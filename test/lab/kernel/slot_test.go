@@ -8,8 +8,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"virtexit/internal/exitreason"
 	"virtexit/internal/snapshot"
+	"virtexit/internal/source"
 	"virtexit/test/lab/guest"
 	"virtexit/test/lab/inside"
 )
@@ -135,4 +138,40 @@ func TestLeavesTheVCPUItRan(t *testing.T) {
 		return
 	}
 	t.Error("no slot of vCPU 1")
+}
+
+func TestManyVCPUs(t *testing.T) {
+	inside.Load(t, "")
+	manyVCPUs(t, open(t, snapshot.Time), 64)
+}
+
+// manyVCPUs has one thread run more vCPUs in turn than a thread has slots for:
+// nothing of the others is charged to a wrong one, or lost, or takes slots.
+func manyVCPUs(t *testing.T, s source.Source, slots int) {
+	const rounds = 3
+	before := snap(t, s).Unattributed
+	vm := newVM(t, slots+4)
+	want, without := map[int]uint64{}, uint64(0)
+	thread := vm.VCPUs[0]
+	for round := range rounds {
+		for i, v := range vm.VCPUs {
+			if err := v.RunOn(thread, guest.Program{Ops: []guest.Op{guest.CPUID(0, uint32(1+i+round))}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for i, v := range vm.VCPUs {
+		if i < slots {
+			want[i] = kvmExits(t, v)
+		} else {
+			without += kvmExits(t, v)
+		}
+	}
+	sn := snap(t, s)
+	if diff := cmp.Diff(want, bySlot(sn, thread.TID())); diff != "" {
+		t.Errorf("exits by vCPU (-want +got):\n%s", diff)
+	}
+	if got := sn.Unattributed - before; len(sn.Slots) != slots || got != without {
+		t.Errorf("%d slots, %d exits unattributed, want %d, %d", len(sn.Slots), got, slots, without)
+	}
 }
