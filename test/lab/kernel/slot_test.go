@@ -142,6 +142,7 @@ func TestLeavesTheVCPUItRan(t *testing.T) {
 
 func TestManyVCPUs(t *testing.T) {
 	inside.Load(t, "")
+	inside.QuietLog(t)
 	manyVCPUs(t, open(t, snapshot.Time), 64)
 }
 
